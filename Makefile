@@ -1,0 +1,65 @@
+# al-loop: `make help` lists what there is. Everything lives in .venv; a stamp there remembers what it was installed from.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help run stop install test test-slow lint format clean system-libraries
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c config/constraints.txt
+# Options of pip for torch alone, e.g. to take its CPU build from an index that has one.
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(STAMP)  ## install, start everything, run the quickstart through its deployment and watch it
+	@$(BIN)/python -m flows.quickstart
+
+stop:  ## end what `make run` or `al-loop up` started
+	@if [ -x $(BIN)/al-loop ]; then $(BIN)/al-loop down; else echo "nothing is installed here, so nothing runs"; fi
+
+install: $(STAMP)  ## make .venv and install what is pinned
+
+test: $(STAMP)  ## the quick tests
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## all tests, those with real DFT codes, queues and long crashes too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv and caches (runs and labels stay in al-loop's data folder)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml config/constraints.txt | system-libraries
+	@python=""; for p in python3 python3.13 python3.12 python3.11; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; done; \
+	if [ -z "$$python" ]; then echo "al-loop needs Python 3.11 or later: sudo apt-get install python3 python3-venv" >&2; exit 2; fi; \
+	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$python cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 2; fi; \
+	echo "making $(VENV) with $$($$python --version); the first time this takes a few minutes"; \
+	$$python -m venv $(VENV)
+	@$(PIP) $(TORCH_PIP_ARGS) torch
+	@$(PIP) -e '.[mongodb,teachers,dev]'
+	@touch $@
+
+# The embedded mongod links these; a server of one's own (AL_LOOP_MONGODB_URI) needs none of them.
+system-libraries:
+	@[ "$$(uname -s)" = Linux ] && [ -z "$$AL_LOOP_MONGODB_URI" ] || exit 0; \
+	known=$$(PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null) || exit 0; packages=""; \
+	for pair in libcurl.so.4:libcurl4 libssl.so.3:libssl3 libcrypto.so.3:libssl3; do \
+	  case "$$known" in *"$${pair%%:*} "*) ;; *) echo "missing system library: $${pair%%:*}" >&2; packages="$$packages $${pair##*:}";; esac; \
+	done; \
+	if [ -n "$$packages" ]; then \
+	  packages=$$(printf '%s\n' $$packages | sort -u | tr '\n' ' '); \
+	  echo "MongoDB needs it: sudo apt-get install $$packages" >&2; exit 2; fi

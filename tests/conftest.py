@@ -1,0 +1,54 @@
+"""Every test session has its own folders and its own services, and leaves none of them behind.
+
+What is set here is set before any test module is imported, so that numpy and torch see the thread limits and nothing
+ever finds the user's own runs, labels or Prefect profile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# inherited by whatever a test starts, so that nothing else can be mistaken for it
+SESSION_VARIABLE = "AL_LOOP_TEST_SESSION"
+SESSION_FOLDER = Path(tempfile.mkdtemp(prefix="al-loop-test-")).resolve()
+
+
+def isolate() -> None:
+    """Point every folder al-loop and its services write to below ``SESSION_FOLDER``, and limit threads."""
+    for name in list(os.environ):
+        if name.startswith(("AL_LOOP_", "PREFECT_", "PYIRON")):
+            del os.environ[name]
+    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    os.environ[SESSION_VARIABLE] = str(SESSION_FOLDER)
+    os.environ.update(
+        AL_LOOP_HOME=str(SESSION_FOLDER / "al-loop"),
+        PREFECT_HOME=str(SESSION_FOLDER / "prefect"),
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        DO_NOT_TRACK="1",
+        MPLBACKEND="Agg",
+        MPLCONFIGDIR=str(SESSION_FOLDER / "matplotlib"),
+    )
+
+
+isolate()
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("al-loop", derandomize=True, database=None, deadline=None, max_examples=50)
+settings.load_profile("al-loop")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End servers that a broken test left running, then remove the session's folder."""
+    from flows import processes
+
+    # pytest-xdist's workers carry their controller's environment; they end what they started themselves
+    is_controller = getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput")
+    if not is_controller:
+        processes.stop(processes.with_variable(SESSION_VARIABLE, str(SESSION_FOLDER)))
+    shutil.rmtree(SESSION_FOLDER, ignore_errors=True)
