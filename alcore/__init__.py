@@ -1,0 +1,1 @@
+"""The science of al-loop: pure functions over frozen data (see ``types`` and ``protocols``)."""

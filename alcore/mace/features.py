@@ -1,0 +1,107 @@
+"""Random cosine features of MACE's node descriptors: the basis of the closed-form correction.
+
+For an atom of element z with standardised invariant descriptor d, and random frequencies ω_r and phases b_r,
+ψ_r = sqrt(2/R) cos(ω_r·d + b_r) approximates a Gaussian kernel (Rahimi and Recht, NIPS 2007). A structure's feature
+vector holds, for each element, the sum of ψ over its atoms, so energies that are linear in it are extensive, smooth
+and invariant under permutation, translation and rotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from alcore.types import FloatArray, Structure
+
+LENGTH_SCALE = 2.0
+"""In units of sqrt(descriptor dimensions): 1 to 4 need about as many labels, 0.5 half as many again."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RandomFeatures:
+    """Frequencies, phases and standardisation, one block an element.
+
+    Attributes:
+        elements: atomic numbers, in block order.
+        mean, scale: of the descriptors, ``(n_elements, n_descriptors)``.
+        omega: ``(n_elements, n_descriptors, n_random)``, already divided by scale and length scale.
+        phase: ``(n_elements, n_random)``.
+    """
+
+    elements: tuple[int, ...]
+    mean: torch.Tensor
+    scale: torch.Tensor
+    omega: torch.Tensor
+    phase: torch.Tensor
+
+    @property
+    def n_features(self) -> int:
+        return int(self.phase.numel())
+
+    def of_nodes(self, descriptors: torch.Tensor, element_index: torch.Tensor) -> torch.Tensor:
+        """ψ of each atom placed in its element's block, ``(n_nodes, n_elements * n_random)``."""
+        n_random = self.phase.shape[1]
+        out = torch.zeros((len(descriptors), self.n_features), dtype=descriptors.dtype, device=descriptors.device)
+        for block in range(len(self.elements)):
+            rows = torch.nonzero(element_index == block).squeeze(1)
+            if len(rows):
+                centred = (descriptors[rows] - self.mean[block]) / self.scale[block]
+                waves = torch.cos(centred @ self.omega[block] + self.phase[block]) * (2.0 / n_random) ** 0.5
+                out = out.index_put((rows[:, None], torch.arange(block * n_random, (block + 1) * n_random)[None, :]), waves)
+        return out
+
+
+def invariant_columns(model: Any) -> list[int]:
+    """Columns of ``node_feats`` that are invariant under rotation, over all layers."""
+    columns, start = [], 0
+    for product in model.products:
+        irreps = product.linear.irreps_out
+        for (multiplicity, irrep), piece in zip(irreps, irreps.slices(), strict=True):
+            if irrep.l == 0 and irrep.p == 1:
+                columns += list(range(start + piece.start, start + piece.start + multiplicity))
+        start += irreps.dim
+    return columns
+
+
+def make_features(
+    descriptors: FloatArray, numbers: Sequence[int], rng: np.random.Generator, *, per_element: int = 96, dtype: torch.dtype = torch.float64
+) -> RandomFeatures:
+    """Features standardised on a sample of environments.
+
+    Args:
+        descriptors: invariant descriptors of sample atoms, ``(n_samples, n_descriptors)``.
+        numbers: their atomic numbers, ``(n_samples,)``.
+        rng: draws frequencies and phases.
+        per_element: random features an element.
+        dtype: of the tensors.
+    """
+    numbers_array = np.asarray(numbers)
+    elements = tuple(sorted({int(z) for z in numbers_array}))
+    n_descriptors = descriptors.shape[1]
+    pooled = descriptors.std(axis=0)
+    means, scales, omegas, phases = [], [], [], []
+    for z in elements:
+        mine = descriptors[numbers_array == z]
+        # A descriptor that hardly varies for this element must not be blown up into noise.
+        scale = np.maximum(mine.std(axis=0), 0.05 * max(float(mine.std(axis=0).max()), 1e-6))
+        means.append(mine.mean(axis=0))
+        scales.append(np.where(scale > 0, scale, np.maximum(pooled, 1e-6)))
+        omegas.append(rng.standard_normal((n_descriptors, per_element)) / (LENGTH_SCALE * np.sqrt(n_descriptors)))
+        phases.append(rng.uniform(0, 2 * np.pi, per_element))
+    return RandomFeatures(
+        elements=elements,
+        mean=torch.as_tensor(np.array(means), dtype=dtype),
+        scale=torch.as_tensor(np.array(scales), dtype=dtype),
+        omega=torch.as_tensor(np.array(omegas), dtype=dtype),
+        phase=torch.as_tensor(np.array(phases), dtype=dtype),
+    )
+
+
+def element_index(template: Structure, features: RandomFeatures, n_images: int) -> torch.Tensor:
+    """Block of each node of a batch, ``(n_images * n_atoms,)``; -1 for an element without a block."""
+    place = {z: k for k, z in enumerate(features.elements)}
+    return torch.as_tensor(np.tile([place.get(int(z), -1) for z in template.numbers], n_images))

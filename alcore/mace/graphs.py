@@ -1,0 +1,76 @@
+"""Many geometries of the same atoms as one batch of graphs, in the form MACE's ``forward`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from ase.geometry import complete_cell
+
+from alcore.types import FloatArray, Structure
+
+
+def batch_graph(
+    template: Structure,
+    positions: FloatArray,
+    *,
+    elements: Sequence[int],
+    r_max_ang: float,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """MACE's input dictionary for ``n_images`` geometries.
+
+    Args:
+        template: the atoms; its positions are not used.
+        positions: Å, ``(n_images, n_atoms, 3)``.
+        elements: the model's atomic numbers in its order.
+        r_max_ang: the model's cutoff.
+        dtype, device: of the tensors.
+
+    Returns:
+        ``positions`` (``n_images * n_atoms`` rows, taking gradients), ``node_attrs``, ``edge_index``, ``shifts``, …
+    """
+    from matscipy.neighbours import neighbour_list
+
+    n_images, n_atoms = positions.shape[:2]
+    cell = complete_cell(template.cell)
+    senders, receivers, shifts = [], [], []
+    for image in range(n_images):
+        # "c" scans open directions from the bounding box, so a cell without vectors is fine.
+        i, j, s = neighbour_list("ijS", positions=positions[image], cell=_spacious(cell, template, positions[image], r_max_ang), pbc=template.pbc, cutoff=r_max_ang)
+        senders.append(i + image * n_atoms)
+        receivers.append(j + image * n_atoms)
+        shifts.append(s)
+    unit_shifts = np.concatenate(shifts)
+    place = {int(z): k for k, z in enumerate(elements)}
+    one_hot = np.eye(len(elements))[[place[int(z)] for z in template.numbers]]
+
+    def tensor(values: object, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values), dtype=kind, device=device)
+
+    graph = {
+        "positions": tensor(positions.reshape(-1, 3)),
+        "node_attrs": tensor(np.tile(one_hot, (n_images, 1))),
+        "edge_index": tensor(np.stack([np.concatenate(senders), np.concatenate(receivers)]), torch.long),
+        "shifts": tensor(unit_shifts @ template.cell),
+        "unit_shifts": tensor(unit_shifts),
+        "cell": tensor(np.tile(template.cell, (n_images, 1))),
+        "batch": tensor(np.repeat(np.arange(n_images), n_atoms), torch.long),
+        "ptr": tensor(np.arange(n_images + 1) * n_atoms, torch.long),
+        "head": tensor(np.zeros(n_images), torch.long),
+    }
+    graph["positions"].requires_grad_(True)
+    return graph
+
+
+def _spacious(cell: FloatArray, template: Structure, positions: FloatArray, r_max_ang: float) -> FloatArray:
+    """The cell with open directions made long enough to hold all atoms (the neighbour list bins atoms by the cell)."""
+    if template.pbc.all():
+        return cell
+    spacious = np.array(cell)
+    extent = float(np.ptp(positions, axis=0).max()) + 2 * r_max_ang
+    for axis in np.flatnonzero(~template.pbc):
+        spacious[axis] *= max(1.0, extent / np.linalg.norm(spacious[axis]))
+    return spacious

@@ -1,0 +1,189 @@
+"""MACE models: a small untrained one from a seed, a foundation model from a file or a name, weights as bytes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alcore.errors import ModelError
+from alcore.identity import sha256_hex
+
+# A long-lived process pays TorchScript's profiling for nothing: it makes the second call of every model slow.
+torch._C._jit_set_profiling_executor(False)
+
+_CONSTRUCTION = threading.Lock()
+"""Models are drawn from torch's global generator, so only one is built at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A bespoke MACE (Batatia et al., NeurIPS 2022), small enough to be trained on a handful of labels.
+
+    Attributes:
+        channels: invariant channels of the hidden features.
+        max_ell: highest spherical harmonic on the edges.
+        correlation: body order of the product basis minus one.
+        r_max_ang: cutoff in Å.
+        n_layers: message-passing layers.
+    """
+
+    channels: int = 16
+    max_ell: int = 2
+    correlation: int = 2
+    r_max_ang: float = 5.0
+    n_layers: int = 2
+    mean_neighbors: float = 30.0
+
+
+def build_model(
+    numbers: Sequence[int], seed: int, architecture: Architecture | None = None, dtype: torch.dtype = torch.float64
+) -> torch.nn.Module:
+    """An untrained MACE whose energy is its ZBL pair repulsion alone: the readouts start at zero, so that it knows
+    nothing but that atoms must not overlap, while its node features already tell environments apart.
+
+    Args:
+        numbers: atomic numbers it must know.
+        seed: of its weights.
+        architecture: its size; the default where None.
+        dtype: of weights and evaluation.
+    """
+    from mace import modules  # before e3nn, whose constants only load after mace has allowed it
+
+    from e3nn import o3  # isort: skip
+
+    arch = architecture or Architecture()
+    elements = sorted({int(z) for z in numbers})
+    with _CONSTRUCTION, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        model = modules.ScaleShiftMACE(
+            r_max=arch.r_max_ang,
+            num_bessel=8,
+            num_polynomial_cutoff=5,
+            max_ell=arch.max_ell,
+            interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+            interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
+            num_interactions=arch.n_layers,
+            num_elements=len(elements),
+            hidden_irreps=o3.Irreps(f"{arch.channels}x0e"),
+            MLP_irreps=o3.Irreps(f"{arch.channels}x0e"),
+            atomic_energies=np.zeros(len(elements)),
+            avg_num_neighbors=arch.mean_neighbors,
+            atomic_numbers=elements,
+            correlation=arch.correlation,
+            gate=torch.nn.functional.silu,
+            pair_repulsion=True,
+            radial_MLP=[32, 32],
+            atomic_inter_scale=1.0,
+            atomic_inter_shift=0.0,
+        )
+    with torch.no_grad():
+        for readout in model.readouts:
+            last = readout.linear_2 if hasattr(readout, "linear_2") else readout.linear
+            last.weight.zero_()
+    return freeze(model.to(dtype))
+
+
+def load_foundation(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A pre-trained MACE: a ``.model`` file, or a name mace-torch knows (downloaded by it at first use).
+
+    Raises:
+        ModelError: no such file, not a MACE energy model, or the name cannot be had (no network).
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".model" or path.exists() or "/" in source:
+        if not path.is_file():
+            raise ModelError(f"no such model file: {source}", where="model.foundation", mend="give an existing .model file")
+        warnings.warn(
+            f"{path.name} is loaded with pickle, which can run code: use only model files you trust "
+            f"(sha256 {sha256_hex(path.read_bytes())[:16]}…)",
+            stacklevel=2,
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = torch.load(path, map_location=device, weights_only=False)
+        except Exception as error:
+            raise ModelError(
+                f"{source} cannot be read as a MACE model: {error}", where="model.foundation", mend="give a file mace-torch has written"
+            ) from error
+    else:
+        model = _download(source, device)
+    if not hasattr(model, "atomic_numbers") or not hasattr(model, "readouts"):
+        raise ModelError(f"{source} is not a MACE energy model", where="model.foundation", mend="give a MACE .model file")
+    return freeze(model.to(device=device, dtype=dtype))
+
+
+def _download(name: str, device: str) -> torch.nn.Module:
+    from mace.calculators.foundations_models import mace_mp
+
+    try:
+        model: torch.nn.Module = mace_mp(model=name, return_raw_model=True, device=device)
+    except Exception as error:
+        raise ModelError(
+            f"foundation model '{name}' cannot be had: {error}",
+            where="model.foundation",
+            mend="check the name and the network, or give a .model file; null makes a small MACE of your own",
+        ) from error
+    return model
+
+
+def freeze(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, in evaluation mode and without gradients on its weights."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def trainable_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """An independent copy whose weights take gradients."""
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(True)
+    return twin.train()
+
+
+def model_elements(model: Any) -> list[int]:
+    """Atomic numbers the model knows, in its own order."""
+    return [int(z) for z in model.atomic_numbers]
+
+
+def check_elements(model: Any, numbers: Sequence[int], where: str = "model.foundation") -> None:
+    """Raises:
+    ModelError: the model lacks an element, which is named.
+    """
+    from ase.data import chemical_symbols
+
+    missing = sorted({int(z) for z in numbers} - set(model_elements(model)))
+    if missing:
+        names = ", ".join(chemical_symbols[z] for z in missing)
+        raise ModelError(f"the foundation model does not know {names}", where=where, mend="choose another model, or null")
+
+
+def weights_to_bytes(model: torch.nn.Module) -> bytes:
+    """The weights alone (no code), readable with ``torch.load(weights_only=True)``."""
+    buffer = io.BytesIO()
+    torch.save({key: value.cpu() for key, value in model.state_dict().items()}, buffer)
+    return buffer.getvalue()
+
+
+def with_weights(model: torch.nn.Module, data: bytes) -> torch.nn.Module:
+    """A frozen copy of ``model`` with the weights of ``weights_to_bytes``."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+    return freeze(twin)
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Hash of the weights, independent of how a file packs them."""
+    parts = [name.encode() + value.detach().cpu().numpy().tobytes() for name, value in sorted(model.state_dict().items())]
+    return sha256_hex(b"|".join(parts))

@@ -1,0 +1,210 @@
+"""The surrogate: a committee of MACE models plus the closed-form correction on the frozen prior's node features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from alcore.correction import Correction, Design, fit_correction
+from alcore.mace.features import RandomFeatures, element_index, invariant_columns, make_features
+from alcore.mace.graphs import batch_graph
+from alcore.mace.models import model_elements
+from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Structure
+
+MAX_BATCH_ATOMS = 3000
+"""Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
+
+
+Lead = Literal["prior", "committee"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaceSurrogate:
+    """Energy = model + φ·w, where φ comes from the prior's trunk, which never learns.
+
+    Every model (the prior and each fine-tuned member) has a posterior mean w of its own, fitted to what it leaves
+    unexplained; the posterior covariance is common and rests on the prior's residuals. The surface that relaxations
+    follow is led by the frozen prior, or by the committee's mean once that predicts better.
+
+    Attributes:
+        prior: the starting model, frozen.
+        members: the fine-tuned committee; empty until the first fine-tuning.
+        lead: which surface relaxations follow.
+        features: random features on the prior's descriptors, or None for no correction.
+        correction: None before the first label, or without correction; its weights' rows are the prior, then the members.
+        rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they stay true).
+        notes: how it was made, for ``describe``.
+    """
+
+    prior: Any
+    members: tuple[Any, ...] = ()
+    lead: Lead = "prior"
+    features: RandomFeatures | None = None
+    correction: Correction | None = None
+    rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.prior.parameters())).dtype
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
+        found: dict[str, Any] = {**self.notes, "lead": self.lead, "n_members": len(self.members)}
+        if self.correction is not None:
+            found["correction"] = {
+                "precision": self.correction.precision,
+                "force_noise_ev_per_ang": self.correction.force_noise_ev_per_ang,
+                "log_evidence": self.correction.log_evidence,
+                "n_features": int(self.correction.weights.shape[1]),
+            }
+        return found
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Energies in eV ``(n_images,)`` and forces in eV/Å ``(n_images, n_atoms, 3)`` of the leading surface."""
+        graph = self._graph(template, positions)
+        leaders = self.members if self.lead == "committee" else (self.prior,)
+        energies, phi = self._forward(graph, leaders, template, len(positions))
+        weights = self._weights()
+        lead = energies.mean(dim=0)
+        if weights is not None:
+            lead = lead + phi @ (weights[1:].mean(dim=0) if self.lead == "committee" else weights[0])
+        return _numpy(lead), self._forces(lead, graph)
+
+    def predict(self, template: Structure, positions: FloatArray) -> CommitteePrediction:
+        """Leading energies and forces, every member, and the posterior covariance relative to the first geometry."""
+        graph = self._graph(template, positions)
+        energies, phi = self._forward(graph, (self.prior, *self.members), template, len(positions))
+        weights = self._weights()
+        if weights is not None:
+            energies = energies + weights @ phi.T
+        by_lead = {"prior": energies[0]}
+        if self.members:
+            by_lead["committee"] = energies[1:].mean(dim=0)
+        forces = self._forces(by_lead[self.lead], graph)
+        anchored = _numpy(phi - phi[:1])
+        covariance = np.zeros((len(positions),) * 2) if self.correction is None else self.correction.energy_covariance(anchored)
+        return CommitteePrediction(
+            energies_ev=_numpy(by_lead[self.lead]),
+            forces=forces,
+            members_ev=_numpy(energies[1:]),
+            by_lead_ev={name: _numpy(values) for name, values in by_lead.items()},
+            covariance_ev2=covariance,
+        )
+
+    def _graph(self, template: Structure, positions: FloatArray) -> dict[str, torch.Tensor]:
+        return batch_graph(
+            template,
+            positions,
+            elements=model_elements(self.prior),
+            r_max_ang=float(self.prior.r_max),
+            dtype=self.dtype,
+            device=next(iter(self.prior.parameters())).device,
+        )
+
+    def _weights(self) -> torch.Tensor | None:
+        return None if self.correction is None else torch.as_tensor(self.correction.weights, dtype=self.dtype)
+
+    def _forward(
+        self, graph: dict[str, torch.Tensor], models: Sequence[Any], template: Structure, n_images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bare energies ``(n_models, n_images)`` and features ``(n_images, n_features)``, graphs shared."""
+        phi, energies = torch.zeros((n_images, 0), dtype=self.dtype), []
+        seen_prior = False
+        for model in models:
+            out = model(graph, compute_force=False)
+            energies.append(out["energy"])
+            if model is self.prior and self.features is not None:
+                phi, seen_prior = self._phi(out["node_feats"], template, n_images), True
+        if self.features is not None and not seen_prior and self.correction is not None:
+            phi = self._phi(self.prior(graph, compute_force=False)["node_feats"], template, n_images)
+        return torch.stack(energies), phi
+
+    @staticmethod
+    def _forces(energies: torch.Tensor, graph: dict[str, torch.Tensor]) -> FloatArray:
+        (gradient,) = torch.autograd.grad(energies.sum(), graph["positions"])
+        return -_numpy(gradient).reshape(len(energies), -1, 3)
+
+    def _phi(self, node_feats: torch.Tensor, template: Structure, n_images: int) -> torch.Tensor:
+        assert self.features is not None
+        descriptors = node_feats[:, invariant_columns(self.prior)]
+        nodes = self.features.of_nodes(descriptors, element_index(template, self.features, n_images))
+        return nodes.reshape(n_images, len(template), -1).sum(dim=1)
+
+    def descriptors(self, template: Structure, positions: FloatArray) -> FloatArray:
+        """The prior's invariant node descriptors, ``(n_images * n_atoms, n_descriptors)``."""
+        with torch.no_grad():
+            feats = self.prior(self._graph(template, positions), compute_force=False)["node_feats"]
+        return _numpy(feats[:, invariant_columns(self.prior)])
+
+    def feature_rows(self, structure: Structure) -> tuple[FloatArray, FloatArray]:
+        """φ ``(n_features,)`` and −∂φ/∂x ``(3 n_atoms, n_features)`` of one structure."""
+        assert self.features is not None
+        graph = self._graph(structure, structure.positions[None])
+        phi = self._phi(self.prior(graph, compute_force=False)["node_feats"], structure, 1)[0]
+        eye = torch.eye(len(phi), dtype=self.dtype)
+        columns = []
+        chunk = max(1, MAX_BATCH_ATOMS // len(structure))
+        for start in range(0, len(phi), chunk):
+            (rows,) = torch.autograd.grad(
+                phi, graph["positions"], grad_outputs=eye[start : start + chunk], is_grads_batched=True, retain_graph=True
+            )
+            columns.append(rows.reshape(len(rows), -1))
+        return _numpy(phi), -_numpy(torch.cat(columns)).T
+
+
+def _numpy(tensor: torch.Tensor) -> FloatArray:
+    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)
+
+
+def make_surrogate(
+    prior: Any, samples: Sequence[Structure], rng: np.random.Generator, *, per_element: int = 96, correct: bool = True
+) -> MaceSurrogate:
+    """A surrogate without labels, its features standardised on the environments of ``samples`` (rattled starting bands)."""
+    bare = MaceSurrogate(prior=prior)
+    if not correct:
+        return bare
+    descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
+    numbers = np.concatenate([s.numbers for s in samples])
+    return replace(bare, features=make_features(descriptors, numbers, rng, per_element=per_element, dtype=bare.dtype))
+
+
+def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate:
+    """The same models with the correction fitted to ``dataset``; sigmas rest on the frozen prior's residuals alone."""
+    if surrogate.features is None or not len(dataset):
+        return replace(surrogate, correction=None)
+    rows = dict(surrogate.rows)
+    for label in dataset.labels:
+        if label.key not in rows:
+            rows[label.key] = surrogate.feature_rows(label.structure)
+    free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in dataset.labels]
+    compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in dataset.labels]
+    kinds = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
+    design = Design(
+        energy=np.array([rows[label.key][0] for label in dataset.labels]),
+        groups=np.array([kinds[c] for c in compositions]),
+        forces=np.concatenate([rows[label.key][1][mask] for label, mask in zip(dataset.labels, free, strict=True)]),
+    )
+    energies, forces = model_residuals((surrogate.prior, *surrogate.members), dataset.labels, free)
+    correction = fit_correction(design, energies, forces, energies[0], forces[0])
+    return replace(surrogate, correction=correction, rows=rows)
+
+
+def model_residuals(models: Sequence[Any], labels: Sequence[Label], free: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
+    """Label minus bare model: energies ``(n_models, n_labels)`` in eV and free forces ``(n_models, n_rows)`` in eV/Å."""
+    energies, forces = [], []
+    for model in models:
+        alone = MaceSurrogate(prior=model)
+        e_row, f_row = [], []
+        for label, mask in zip(labels, free, strict=True):
+            energy, force = alone.evaluate(label.structure, label.structure.positions[None])
+            assert label.energy_ev is not None and label.forces is not None
+            e_row.append(label.energy_ev - float(energy[0]))
+            f_row.append((label.forces - force[0]).ravel()[mask])
+        energies.append(e_row)
+        forces.append(np.concatenate(f_row))
+    return np.array(energies), np.array(forces)

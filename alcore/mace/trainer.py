@@ -1,0 +1,168 @@
+"""The MACE trainer: when the committee is fine-tuned, from what, and which surface leads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from alcore.errors import TrainingError
+from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
+from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction
+from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
+from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Structure
+
+RATTLE_ANG = 0.05
+"""Spread of the environments on which descriptors are standardised: about a phonon's."""
+FIRST_TRAINING = 5
+"""Labels before which a fine-tune learns nothing the correction does not."""
+GROWTH = 1.3
+"""The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
+RECENT = 3
+"""Residuals over which two surfaces are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What the run file's ``model`` section asks for (``foundation`` already loaded).
+
+    Attributes:
+        strategy: ``auto`` and ``naive`` fine-tune the committee; ``auto`` lets the surface lead that predicts better,
+            ``naive`` and ``scratch`` the committee; ``scratch`` starts each member from weights of its own;
+            ``zero-shot`` never trains.
+        committee: members.
+        correction: ``blr`` or ``none``.
+        train: how a member is fine-tuned.
+        seed: of weights, features and bootstrap.
+        features_per_element: random features of the correction.
+        prior_name: what the prior is, for provenance.
+    """
+
+    strategy: Literal["auto", "zero-shot", "naive", "scratch"] = "auto"
+    committee: int = 3
+    correction: Literal["blr", "none"] = "blr"
+    train: TrainSpec = TrainSpec()
+    seed: int = 0
+    features_per_element: int = 96
+    prior_name: str = ""
+
+
+class MaceTrainer:
+    """``alcore.protocols.Trainer`` for MACE.
+
+    Args:
+        prior: the starting model, frozen.
+        spec: what the run file asks for.
+        untrained: True if ``prior`` is fresh from ``build_model``: then each member starts from weights of its own.
+        save_model: stores weights and returns their id; None keeps them in memory only.
+        load_model: the inverse.
+    """
+
+    def __init__(
+        self,
+        prior: Any,
+        spec: ModelSpec,
+        *,
+        untrained: bool,
+        save_model: Callable[[bytes, dict[str, object]], str] | None = None,
+        load_model: Callable[[str], bytes] | None = None,
+    ) -> None:
+        self.prior, self.spec, self.untrained = prior, spec, untrained
+        self._save, self._load = save_model, load_model
+        self._prior_sha = weights_sha256(prior)
+
+    def start(self, samples: Sequence[Structure]) -> MaceSurrogate:
+        """The surrogate that has seen no label; features standardised on rattled ``samples``."""
+        rng = np.random.default_rng([self.spec.seed, 1])
+        rattled = [
+            s.moved(s.positions + np.where(s.fixed, 0.0, RATTLE_ANG * rng.standard_normal(s.positions.shape))) for s in samples
+        ]
+        surrogate = make_surrogate(
+            self.prior, rattled, rng, per_element=self.spec.features_per_element, correct=self.spec.correction == "blr"
+        )
+        notes = {"prior": self._prior_sha, "prior_name": self.spec.prior_name, "strategy": self.spec.strategy, "members": [], "trained_on": 0}
+        return replace(surrogate, notes={**notes, "why": "no labels yet: the prior alone"})
+
+    def due(self, surrogate: MaceSurrogate, dataset: Dataset) -> list[str]:
+        """All members at once, each time the data set has grown by ``GROWTH`` since the last fine-tuning."""
+        if self.spec.strategy == "zero-shot":
+            return []
+        last = int(surrogate.notes.get("trained_on", 0))
+        first = 2 if self.spec.correction == "none" else FIRST_TRAINING
+        if len(dataset) < max(first, int(np.ceil(GROWTH * last))):
+            return []
+        return [f"member-{k}" for k in range(self.spec.committee)]
+
+    def train_member(self, name: str, surrogate: MaceSurrogate, dataset: Dataset, generation: int) -> TrainedMember:
+        """Warm-started from the member's last weights; the first time from the prior, or from weights of its own.
+
+        Raises:
+            TrainingError: no usable model came of it.
+        """
+        k = int(name.removeprefix("member-"))
+        warm = bool(surrogate.members)
+        if warm:
+            model = surrogate.members[k]
+        elif self.untrained or self.spec.strategy == "scratch":
+            model = build_model([int(z) for z in self.prior.atomic_numbers], self.spec.seed + 1000 * (k + 1))
+        else:
+            model = self.prior
+        weights: FloatArray = np.random.default_rng([self.spec.seed, generation, k]).exponential(size=len(dataset))
+        # Never below a third: with a handful of labels a member that ignores one is no member.
+        weights = np.maximum(weights / weights.mean(), 1 / 3)
+        return fine_tune(model, dataset, self.spec.train, weights=weights, warm=warm)
+
+    def finish(
+        self, surrogate: MaceSurrogate, members: Mapping[str, TrainedMember], dataset: Dataset, residuals: Sequence[Residual]
+    ) -> MaceSurrogate:
+        """New members in (if any), lead chosen, correction fitted."""
+        if members:
+            ordered = [members[name] for name in sorted(members)]
+            ids = [self._keep(m, len(dataset)) for m in ordered]
+            train = {
+                "epochs": ordered[0].epochs,
+                "learning_rate": ordered[0].learning_rate,
+                "energy_rmse_ev": max(m.energy_rmse_ev for m in ordered),
+                "force_rmse_ev_per_ang": max(m.force_rmse_ev_per_ang for m in ordered),
+            }
+            notes = {**surrogate.notes, "members": ids, "trained_on": len(dataset), "train": train}
+            surrogate = replace(surrogate, members=tuple(m.model for m in ordered), notes=notes)
+        lead, why = self.choose_lead(bool(surrogate.members), residuals)
+        surrogate = replace(surrogate, lead=lead, notes={**surrogate.notes, "why": why})
+        return with_correction(surrogate, dataset)
+
+    def choose_lead(self, has_members: bool, residuals: Sequence[Residual]) -> tuple[Lead, str]:
+        """The surface with the smaller mean |error| on the last labels, each predicted before it was trained on
+        (prequential: Dawid, J. R. Stat. Soc. A 147, 278 (1984)), and the reason in words."""
+        if not has_members:
+            return "prior", "the frozen prior with its correction: no committee yet"
+        if self.spec.strategy in ("naive", "scratch"):
+            return "committee", f"strategy {self.spec.strategy} was asked for"
+        both = [r for r in residuals if {"prior", "committee"} <= set(r.by_lead_ev)][-RECENT:]
+        if not both:
+            return "prior", "the committee has not predicted a label yet"
+        error = {lead: float(np.mean([abs(r.by_lead_ev[lead] - r.labelled_ev) for r in both])) for lead in ("prior", "committee")}
+        lead: Lead = "committee" if error["committee"] < error["prior"] else "prior"
+        return lead, f"last {len(both)} labels predicted within {1e3 * error['committee']:.0f} meV by the committee, {1e3 * error['prior']:.0f} by the frozen prior"
+
+    def restore(self, start: MaceSurrogate, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]) -> MaceSurrogate:
+        """The surrogate as it stood after ``record``: members by their ids, the correction fitted anew (it is closed form)."""
+        ids = [str(i) for i in record.surrogate.get("members", [])]
+        if ids and self._load is None:
+            raise TrainingError("the committee cannot be restored without a model store")
+        members = tuple(with_weights(self._skeleton(), self._load(i)) for i in ids) if self._load else ()
+        keep = ("prior", "prior_name", "strategy", "members", "trained_on", "train", "why")
+        notes = {**start.notes, **{k: record.surrogate[k] for k in keep if k in record.surrogate}}
+        lead: Lead = "committee" if record.surrogate.get("lead") == "committee" else "prior"
+        return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset)
+
+    def _skeleton(self) -> Any:
+        fresh = self.untrained or self.spec.strategy == "scratch"
+        return build_model([int(z) for z in self.prior.atomic_numbers], 0) if fresh else self.prior
+
+    def _keep(self, member: TrainedMember, n_labels: int) -> str:
+        if self._save is None:
+            return weights_sha256(member.model)
+        return self._save(weights_to_bytes(member.model), {"kind": "member", "prior": self._prior_sha, "n_labels": n_labels})

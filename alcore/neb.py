@@ -1,0 +1,268 @@
+"""Nudged elastic band on any potential that evaluates all images in one batch.
+
+Improved tangents (Henkelman and Jónsson, J. Chem. Phys. 113, 9978 (2000)), climbing image (Henkelman, Uberuaga and
+Jónsson, J. Chem. Phys. 113, 9901 (2000)), FIRE (Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.geometry import find_mic
+from ase.mep.neb import idpp_interpolate
+
+from alcore.protocols import Potential
+from alcore.types import EndpointPair, FloatArray, Structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class NebSpec:
+    """How a band is relaxed; field names and units as in the run file."""
+
+    n_images: int = 7
+    climb: bool = True
+    fmax_ev_per_ang: float = 0.03
+    spring_ev_per_ang2: float = 0.1
+    interpolation: Literal["idpp", "linear"] = "idpp"
+    climb_below_ev_per_ang: float = 0.25
+    max_step_ang: float = 0.08
+    max_steps: int = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Limits beyond which a relaxation is stopped: what lies there is neither physics nor worth a label.
+
+    Attributes:
+        min_distance_fraction: of the sum of covalent radii, for any two atoms.
+        max_energy_ev: above the lower end state.
+        min_energy_ev: below the lower end state.
+        max_displacement_ang: of any atom from where the relaxation started.
+    """
+
+    min_distance_fraction: float = 0.6
+    max_energy_ev: float = 15.0
+    min_energy_ev: float = 2.0
+    max_displacement_ang: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Relaxed:
+    """Result of a relaxation: ``positions`` ``(n_images, n_atoms, 3)`` in Å and how it ended (see ``types.Band``)."""
+
+    positions: FloatArray
+    energies_ev: FloatArray
+    forces: FloatArray
+    status: Literal["converged", "max_steps", "guarded"]
+    reason: str
+    climbing_image: int | None
+    fmax_ev_per_ang: float
+    n_steps: int
+
+
+def interpolate(pair: EndpointPair, spec: NebSpec) -> FloatArray:
+    """Starting positions of all images, end states included, ``(n_images + 2, n_atoms, 3)``.
+
+    End states are unwrapped already (``endpoints.unwrap``), so straight lines are the shortest ones. Image-dependent pair
+    potential: Smidstrup et al., J. Chem. Phys. 140, 214106 (2014).
+    """
+    if pair.images:
+        inner = [image.positions for image in pair.images]
+        return np.array([pair.initial.positions, *inner, pair.final.positions])
+    start, end = pair.initial.positions, pair.final.positions
+    fractions = np.linspace(0, 1, spec.n_images + 2)[:, None, None]
+    band = start + fractions * (end - start)
+    if spec.interpolation == "idpp":
+        images: list[Atoms] = [pair.initial.moved(p).to_atoms() for p in band]
+        idpp_interpolate(images, traj=None, log=None, fmax=0.1, mic=bool(pair.initial.pbc.any()), steps=100)
+        band = np.array([image.positions for image in images])
+        band[0], band[-1] = start, end
+    return band
+
+
+def tangents(positions: FloatArray, energies: FloatArray) -> FloatArray:
+    """Improved tangents of the interior images, normalised over all coordinates, ``(n_images - 2, n_atoms, 3)``."""
+    forward, backward = positions[2:] - positions[1:-1], positions[1:-1] - positions[:-2]
+    up, down = energies[2:] - energies[1:-1], energies[:-2] - energies[1:-1]
+    high, low = np.maximum(np.abs(up), np.abs(down)), np.minimum(np.abs(up), np.abs(down))
+    rising = (energies[2:] > energies[1:-1]) & (energies[1:-1] > energies[:-2])
+    falling = (energies[2:] < energies[1:-1]) & (energies[1:-1] < energies[:-2])
+    ahead = np.where(rising, 1.0, np.where(falling, 0.0, np.where(energies[2:] > energies[:-2], high, low)))
+    behind = np.where(falling, 1.0, np.where(rising, 0.0, np.where(energies[2:] > energies[:-2], low, high)))
+    tangent = ahead[:, None, None] * forward + behind[:, None, None] * backward
+    return np.asarray(tangent / np.maximum(np.linalg.norm(tangent, axis=(1, 2), keepdims=True), 1e-12))
+
+
+def neb_forces(
+    positions: FloatArray, energies: FloatArray, forces: FloatArray, spring_ev_per_ang2: float, climbing_image: int | None
+) -> FloatArray:
+    """NEB force on the interior images, ``(n_images - 2, n_atoms, 3)``, from potential forces ``(n_images, n_atoms, 3)``.
+
+    Across a periodic boundary nothing needs wrapping: images are continuous along the band.
+    """
+    tangent = tangents(positions, energies)
+    inner = forces[1:-1]
+    along = (inner * tangent).sum(axis=(1, 2), keepdims=True)
+    lengths = np.linalg.norm(np.diff(positions, axis=0), axis=(1, 2))
+    spring = spring_ev_per_ang2 * (lengths[1:] - lengths[:-1])[:, None, None] * tangent
+    total = inner - along * tangent + spring
+    if climbing_image is not None:
+        k = climbing_image - 1
+        total[k] = inner[k] - 2 * along[k] * tangent[k]
+    return np.asarray(total)
+
+
+def guard_reason(template: Structure, positions: FloatArray, energies: FloatArray, start: FloatArray, guards: Guards) -> str:
+    """Why these geometries are out of bounds, or "" if they are sound.
+
+    Args:
+        energies: of the geometries, the first and the last being the end states.
+        start: where the relaxation began, same shape as ``positions``.
+    """
+    if not np.isfinite(energies).all() or not np.isfinite(positions).all():
+        return "energies or positions are not finite"
+    relative = energies - min(energies[0], energies[-1])
+    if relative.max() > guards.max_energy_ev:
+        return f"image {int(relative.argmax())} rose {relative.max():.1f} eV above the lower end state (limit {guards.max_energy_ev:g})"
+    if relative.min() < -guards.min_energy_ev:
+        return f"image {int(relative.argmin())} fell {-relative.min():.1f} eV below the lower end state (limit {guards.min_energy_ev:g})"
+    moved = np.linalg.norm(positions - start, axis=2)
+    if moved.max() > guards.max_displacement_ang:
+        image, atom = np.unravel_index(int(moved.argmax()), moved.shape)
+        return f"atom {atom} of image {image} moved {moved.max():.2f} Å (limit {guards.max_displacement_ang:g})"
+    for image, place in enumerate(positions):
+        contact = closest_contact(template.moved(place))
+        if contact is not None and contact[2] < guards.min_distance_fraction:
+            return f"atoms {contact[0]} and {contact[1]} of image {image} are at {contact[2]:.2f} of their covalent radii's sum"
+    return ""
+
+
+def closest_contact(structure: Structure) -> tuple[int, int, float] | None:
+    """The two atoms closest relative to the sum of their covalent radii, and that ratio; None for fewer than two atoms
+    (periodic copies of an atom count)."""
+    from matscipy.neighbours import neighbour_list
+
+    radii = covalent_radii[structure.numbers]
+    reach = 2.0 * float(radii.max())
+    atoms = structure.to_atoms()
+    i, j, distance = neighbour_list("ijd", atoms=_boxed(atoms), cutoff=reach)
+    if not len(i):
+        return None
+    ratio = distance / (radii[i] + radii[j])
+    k = int(ratio.argmin())
+    return int(i[k]), int(j[k]), float(ratio[k])
+
+
+def _boxed(atoms: Atoms) -> Atoms:
+    """A copy with a roomy cell along open directions, which the neighbour list needs."""
+    box = atoms.copy()
+    if not box.pbc.all():
+        lengths = box.cell.lengths()
+        extent = float(np.ptp(box.positions, axis=0).max()) + 10.0
+        box.cell = box.cell.complete()
+        for axis in np.flatnonzero(~box.pbc):
+            box.cell[axis] *= max(1.0, extent / max(float(box.cell.lengths()[axis]), 1e-6)) if lengths[axis] else extent
+    return box
+
+
+def relax_band(
+    potential: Potential,
+    template: Structure,
+    start: FloatArray,
+    spec: NebSpec,
+    guards: Guards | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Relaxed:
+    """Relaxes the interior images, first without, then with a climbing image; stops at a guard with the last sound band.
+
+    Args:
+        potential: evaluates all images at once.
+        template: the atoms (fixed coordinates stay).
+        start: all images, end states included, ``(n_images, n_atoms, 3)`` in Å.
+        spec: limits and springs.
+        guards: bounds of what is sound.
+        on_step: hears the step and its largest force.
+    """
+    limits = guards or Guards()
+    free = ~template.fixed[None]
+    positions = np.array(start)
+    energies, forces = potential.evaluate(template, positions)
+    sound = (positions.copy(), energies, forces)
+    fire = Fire(max_step=spec.max_step_ang)
+    climbing: int | None = None
+    fmax, reason, status = float("inf"), "", "max_steps"
+    step = 0
+    for step in range(spec.max_steps + 1):
+        force = np.where(free, neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing), 0.0)
+        fmax = float(np.linalg.norm(force, axis=2).max())
+        if on_step is not None:
+            on_step(step, fmax)
+        top = int(energies[1:-1].argmax()) + 1
+        if spec.climb and energies[top] > max(energies[0], energies[-1]) and fmax < spec.climb_below_ev_per_ang and climbing != top:
+            climbing = top
+            continue
+        if fmax < spec.fmax_ev_per_ang:
+            status = "converged"
+            break
+        if step == spec.max_steps:
+            reason = f"force {fmax:.3f} eV/Å after {step} steps (limit {spec.fmax_ev_per_ang:g})"
+            break
+        positions[1:-1] += fire.step(force)
+        energies, forces = potential.evaluate(template, positions)
+        reason = guard_reason(template, positions, energies, start, limits)
+        if reason:
+            status = "guarded"
+            positions, energies, forces = sound
+            break
+        sound = (positions.copy(), energies, forces)
+    return Relaxed(
+        positions=positions,
+        energies_ev=energies,
+        forces=forces,
+        status=status,  # type: ignore[arg-type]
+        reason=reason,
+        climbing_image=climbing,
+        fmax_ev_per_ang=fmax,
+        n_steps=step,
+    )
+
+
+class Fire:
+    """FIRE with a cap on the longest atomic step; velocities are its only state."""
+
+    def __init__(self, max_step: float, dt: float = 0.1, dt_max: float = 1.0) -> None:
+        self.max_step, self.dt, self.dt_max = max_step, dt, dt_max
+        self.alpha, self.downhill = 0.1, 0
+        self.velocity: FloatArray | None = None
+
+    def step(self, force: FloatArray) -> FloatArray:
+        """Displacement for ``force``, same shape."""
+        if self.velocity is None:
+            self.velocity = np.zeros_like(force)
+        power = float((force * self.velocity).sum())
+        if power > 0:
+            speed, push = np.linalg.norm(self.velocity), max(float(np.linalg.norm(force)), 1e-12)
+            self.velocity = (1 - self.alpha) * self.velocity + self.alpha * speed * force / push
+            self.downhill += 1
+            if self.downhill > 5:
+                self.dt, self.alpha = min(1.1 * self.dt, self.dt_max), 0.99 * self.alpha
+        elif np.any(self.velocity):
+            self.velocity = np.zeros_like(force)
+            self.dt, self.alpha, self.downhill = 0.5 * self.dt, 0.1, 0
+        self.velocity = self.velocity + self.dt * force
+        move = self.dt * self.velocity
+        longest = float(np.linalg.norm(move, axis=-1).max())
+        return np.asarray(move * min(1.0, self.max_step / max(longest, 1e-12)))
+
+
+def path_coordinate(template: Structure, positions: FloatArray) -> FloatArray:
+    """Cumulative length along the band in Å, ``(n_images,)``; minimum image where periodic."""
+    steps = np.diff(positions, axis=0)
+    if template.pbc.any():
+        steps = np.array([find_mic(step, template.cell, template.pbc)[0] for step in steps])
+    return np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=(1, 2)))])

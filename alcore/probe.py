@@ -1,0 +1,170 @@
+"""Probing one hop on the surrogate: settle its end states, relax its band, say how sure it is, pick what to label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from alcore.barrier import estimate_barrier, label_fmax
+from alcore.endpoints import relax_end_state
+from alcore.neb import Guards, NebSpec, Relaxed, interpolate, path_coordinate, relax_band
+from alcore.protocols import Surrogate
+from alcore.selection import SelectSpec, select
+from alcore.types import (
+    Band,
+    BarrierEstimate,
+    Calibration,
+    Candidate,
+    CommitteePrediction,
+    EndpointPair,
+    FloatArray,
+    Label,
+    PathRecord,
+    Structure,
+)
+from alcore.uncertainty import calibrated, relative_sigmas
+
+MAX_END_STATE_TRIES = 12
+"""Relaxed end states that may be labelled for one hop before it is given up."""
+TRUSTED_ERROR_EV = 0.1
+"""A band whose label was predicted within this is worth starting from again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec:
+    """How a hop is probed; ``end_state_fmax_ev_per_ang`` is the reference force below which an end state is settled."""
+
+    neb: NebSpec = NebSpec()
+    select: SelectSpec = SelectSpec()
+    guards: Guards = Guards()
+    end_state_fmax_ev_per_ang: float = 0.05
+    calibration: Calibration = Calibration()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        candidates: what to label next.
+        band, barrier: None while the end states are being settled.
+        hopeless: why this hop cannot go on, or "".
+    """
+
+    candidates: tuple[Candidate, ...]
+    band: Band | None = None
+    barrier: BarrierEstimate | None = None
+    hopeless: str = ""
+
+
+def probe_path(
+    pair: EndpointPair,
+    surrogate: Surrogate,
+    spec: ProbeSpec,
+    *,
+    initial: Label | None,
+    final: Label | None,
+    previous: PathRecord | None,
+    end_state_tries: int,
+    key_of: Callable[[Structure], str],
+    asked: Set[str],
+) -> Probe:
+    """Probes one hop.
+
+    Args:
+        pair: its end states as they stand.
+        surrogate: as trained so far.
+        spec: how.
+        initial, final: reference labels of the end states as they stand, or None.
+        previous: the hop's record of the last generation.
+        end_state_tries: relaxed end states labelled so far.
+        key_of: content key of a structure.
+        asked: keys asked for so far.
+    """
+    unlabelled = [
+        Candidate(path=pair.name, kind=kind, image=image, structure=structure)  # type: ignore[arg-type]
+        for kind, image, structure, label in (("initial", 0, pair.initial, initial), ("final", -1, pair.final, final))
+        if label is None
+    ]
+    if unlabelled:
+        return Probe(candidates=tuple(unlabelled))
+    restless = [
+        (side, image, structure)
+        for side, image, structure, label in (("initial", 0, pair.initial, initial), ("final", -1, pair.final, final))
+        if (label_fmax(label) or 0.0) > spec.end_state_fmax_ev_per_ang
+    ]
+    if restless:
+        return _settle(pair, surrogate, spec, restless, end_state_tries, key_of, asked)
+    band, prediction = relaxed_band(pair, surrogate, spec, _start(pair, spec, previous))
+    candidates = select(band, prediction, spec.select, key_of=key_of, labelled=asked, guards=spec.guards)
+    return Probe(candidates=tuple(candidates), band=band, barrier=estimate_barrier(band))
+
+
+def _settle(
+    pair: EndpointPair,
+    surrogate: Surrogate,
+    spec: ProbeSpec,
+    restless: list[tuple[str, int, Structure]],
+    tries: int,
+    key_of: Callable[[Structure], str],
+    asked: Set[str],
+) -> Probe:
+    """End states whose reference force is too large, relaxed on the surrogate, as candidates."""
+    names = " and ".join(side for side, _, _ in restless)
+    limit = spec.end_state_fmax_ev_per_ang
+    if not pair.relax:
+        return Probe(candidates=(), hopeless=f"reference force on the {names} state above {limit:g} eV/Å and relax_endpoints is false")
+    if tries >= MAX_END_STATE_TRIES:
+        return Probe(candidates=(), hopeless=f"the {names} state still has a force above {limit:g} eV/Å after {tries} relaxations")
+    candidates = []
+    for side, image, structure in restless:
+        relaxed = relax_end_state(surrogate, structure, 0.3 * limit, guards=spec.guards)
+        place = structure.moved(relaxed.positions[0])
+        other = pair.final if side == "initial" else pair.initial
+        if np.abs(place.positions - other.positions).max() < 0.1:
+            return Probe(candidates=(), hopeless=f"the {side} state relaxes into the other one: it is no minimum")
+        if key_of(place) not in asked:
+            prediction = surrogate.predict(structure, np.stack([structure.positions, place.positions]))
+            candidates.append(Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=prediction.forces[1]))
+    if not candidates:
+        return Probe(candidates=(), hopeless=f"the {names} state cannot be relaxed further on the surrogate")
+    return Probe(candidates=tuple(candidates))
+
+
+def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> FloatArray:
+    """The last band if it was sound and well predicted, otherwise a fresh interpolation."""
+    if previous is not None and previous.band is not None and previous.band.converged:
+        ends = previous.band.positions[[0, -1]]
+        same = np.allclose(ends[0], pair.initial.positions) and np.allclose(ends[1], pair.final.positions)
+        errors = [abs(r.error_ev) for r in previous.residuals]
+        if same and errors and max(errors) < TRUSTED_ERROR_EV:
+            return previous.band.positions
+    return interpolate(pair, spec.neb)
+
+
+def relaxed_band(pair: EndpointPair, surrogate: Surrogate, spec: ProbeSpec, start: FloatArray) -> tuple[Band, CommitteePrediction]:
+    """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state."""
+    relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards)
+    prediction = surrogate.predict(pair.initial, relaxed.positions)
+    committee, posterior = relative_sigmas(prediction)
+    sigma = calibrated(committee, posterior, spec.calibration)
+    sigma[0] = 0.0  # the initial state is the zero of energy
+    band = Band(
+        path=pair.name,
+        template=pair.initial,
+        positions=relaxed.positions,
+        energies_ev=prediction.energies_ev - prediction.energies_ev[0],
+        forces=prediction.forces,
+        sigma_committee_ev=committee,
+        sigma_posterior_ev=posterior,
+        sigma_ev=sigma,
+        coordinate_ang=path_coordinate(pair.initial, relaxed.positions),
+        status=relaxed.status,
+        reason=relaxed.reason,
+        climbing_image=relaxed.climbing_image,
+        fmax_ev_per_ang=relaxed.fmax_ev_per_ang,
+        n_steps=relaxed.n_steps,
+    )
+    return band, prediction
