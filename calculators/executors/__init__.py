@@ -1,0 +1,1 @@
+"""Where calculations run; an executor knows nothing of calculators."""

@@ -1,0 +1,96 @@
+"""GFN1-xTB and GFN2-xTB by the tblite library: real electronic structure, molecules and periodic cells (Γ point)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from calculators.base import CalculatorEntry, CalculatorSettings
+
+if TYPE_CHECKING:
+    from tblite.ase import TBLite
+
+    from alcore.types import Structure
+
+
+class TbliteSettings(CalculatorSettings):
+    method: Literal["GFN1-xTB", "GFN2-xTB"] = Field("GFN1-xTB", description="the Hamiltonian")
+    charge: int = Field(0, description="total charge in e of structures that bring none of their own")
+    multiplicity: int | None = Field(
+        None, ge=1, description="2S+1; null: from the sum of the initial magnetic moments, in μ_B"
+    )
+    accuracy: float = Field(1.0, gt=0, le=1000, description="numerical accuracy (no unit), smaller is tighter")
+    electronic_temperature_k: float = Field(300.0, gt=0, description="Fermi smearing in K")
+    max_iterations: int = Field(250, ge=1, description="self-consistency iterations before it counts as unconverged")
+
+
+def total_charge(settings: TbliteSettings, structure: Structure | None) -> float:
+    """The structure's charge in e, where it has one; else that of the settings."""
+    return structure.charge if structure is not None and structure.charge else settings.charge
+
+
+def make(settings: TbliteSettings, structure: Structure | None = None) -> TBLite:
+    from tblite.ase import TBLite
+
+    return TBLite(
+        method=settings.method,
+        charge=round(total_charge(settings, structure)),
+        multiplicity=settings.multiplicity,
+        accuracy=settings.accuracy,
+        electronic_temperature=settings.electronic_temperature_k,
+        max_iterations=settings.max_iterations,
+    )
+
+
+def unavailable(settings: TbliteSettings | None) -> str | None:
+    return None if find_spec("tblite") else "tblite is not installed (pip install tblite)"
+
+
+def fingerprint_facts(settings: TbliteSettings) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    # max_iterations does not move the energy of an SCF that converged.
+    return {"code": "tblite", "version": version("tblite"), **settings.model_dump(exclude={"max_iterations"})}
+
+
+def elements(settings: TbliteSettings) -> set[int]:
+    return set(range(1, 87))
+
+
+def refuse(settings: TbliteSettings, structure: Structure) -> str | None:
+    charge = total_charge(settings, structure)
+    if settings.charge and charge != settings.charge:
+        return f"the structure's charge {charge:+g} e contradicts the settings' {settings.charge:+d} e"
+    if charge != round(charge):
+        return f"the charge {charge:+g} e is not a whole number, which tblite would round silently"
+    # Seen: pbc (T, T, F) gives exactly the energy of (T, T, T), and a missing lattice vector ends in a solver error.
+    if structure.pbc.any() and not structure.pbc.all():
+        return "tblite takes a partly periodic cell for a fully periodic one (set all three pbc, with vacuum)"
+    moments = structure.magnetic_moments
+    unpaired = 0 if moments is None else round(moments.sum())
+    if settings.multiplicity:
+        unpaired = settings.multiplicity - 1
+    electrons = int(structure.numbers.sum()) - int(charge)
+    if unpaired and (electrons - unpaired) % 2:
+        return f"{unpaired} unpaired electrons are impossible with {electrons} electrons (mend multiplicity or moments)"
+    return None
+
+
+def warm_up(settings: TbliteSettings) -> None:
+    make(settings)
+
+
+ENTRY = CalculatorEntry(
+    name="tblite",
+    description="GFN1-xTB / GFN2-xTB tight binding, Z up to 86, molecules and 3D periodic cells at the Γ point",
+    settings_model=TbliteSettings,
+    make=make,
+    unavailable=unavailable,
+    fingerprint_facts=fingerprint_facts,
+    elements=elements,
+    takes_charge=True,
+    warm_up=warm_up,
+    refuse=refuse,
+)
