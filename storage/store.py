@@ -1,0 +1,309 @@
+"""The record store on MongoDB."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from bson import Binary
+from mongoengine import Document
+from mongoengine.queryset import QuerySet
+from pymongo import IndexModel, MongoClient
+from pymongo.client_session import ClientSession
+from pymongo.errors import (
+    ConfigurationError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    InvalidName,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+)
+
+from alcore.errors import StoreError
+from alcore.types import GenerationRecord, Label, RunRecord
+from storage import mapping
+from storage.documents import (
+    BLOB_COLLECTION,
+    DOCUMENTS,
+    SCHEMA_COLLECTION,
+    SCHEMA_VERSION,
+    BandDocument,
+    GenerationDocument,
+    LabelDocument,
+    RunDocument,
+    encode_plain,
+)
+from storage.files import FileShelf
+from storage.mongod import ensure_mongod
+from storage.uris import address, redact_tree, redact_uri
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+UNREACHABLE_MS = 4000
+BLOB_BYTES = 128 * 1024
+"""Arrays above this go to GridFS, so that no document comes near MongoDB's limit of 16 MB."""
+KEYS_PER_QUERY = 5000
+ACCESS_CODES = {13, 18, 8000}  # unauthorized, authentication failed, the same at Atlas
+
+
+def open_store(uri: str | None, data_dir: Path, database: str = "al_loop") -> MongoStore:
+    """The store at ``uri``; None: on the embedded server of ``data_dir``, started if need be.
+
+    Raises:
+        StoreError: no server there, it refuses us, or its data are of a newer schema.
+    """
+    return MongoStore(uri or ensure_mongod(data_dir), database)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _guarded(
+    method: Callable[Concatenate[MongoStore, P], R],
+) -> Callable[Concatenate[MongoStore, P], R]:
+    """Makes every error of the driver a ``StoreError`` that names the server."""
+
+    @functools.wraps(method)
+    def guarded(self: MongoStore, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except PyMongoError as error:
+            raise _store_error(error, self.address) from error
+
+    return guarded  # type: ignore[return-value]  # self may be passed by name there: nobody does
+
+
+def _store_error(error: PyMongoError, where: str) -> StoreError:
+    if isinstance(error, OperationFailure) and error.code in ACCESS_CODES:
+        return StoreError("MongoDB refuses this user", where=where, mend="check user, password and authSource")
+    if isinstance(error, ConnectionFailure):
+        cause = redact_uri(str(error)).split(" (configured")[0].split(", Timeout")[0]
+        mend = "is it running, and is store.mongodb_uri right? null means the embedded one"
+        return StoreError(f"MongoDB cannot be reached: {cause}", where=where, mend=mend)
+    return StoreError(f"MongoDB says: {redact_uri(str(error)).splitlines()[0]}", where=where)
+
+
+class MongoStore:
+    """``alcore.protocols.RecordStore`` on MongoDB. Several may be open in one process; threads may share one.
+
+    Args:
+        uri: address of the server.
+        database: name of the database.
+        now: the clock (UTC) behind ``created``.
+
+    Raises:
+        StoreError: no server there (within some 5 s), it refuses us, or its data are of a newer schema.
+    """
+
+    def __init__(self, uri: str, database: str = "al_loop", now: Callable[[], datetime] = _utc_now) -> None:
+        self.address = address(uri)
+        self._now = now
+        try:
+            self._client: MongoClient[Any] = MongoClient(
+                uri,
+                serverSelectionTimeoutMS=UNREACHABLE_MS,
+                connectTimeoutMS=UNREACHABLE_MS,
+                w="majority",
+                journal=True,  # acknowledged is on disk
+                appname="al-loop",
+            )
+            self._database = self._client[database]
+        except (InvalidURI, InvalidName, ConfigurationError, ValueError):  # its words may quote the password
+            raise StoreError(
+                f"no valid MongoDB address, or no valid database name ({database})",
+                where=redact_uri(uri),
+                mend="mongodb://[user:password@]host[:port]/[?options], special characters in the password escaped",
+            ) from None
+        self._models = FileShelf(self._database, "models")
+        self._blobs = FileShelf(self._database, BLOB_COLLECTION)
+        try:
+            self._prepare()
+        except BaseException:
+            self._client.close()
+            raise
+
+    @_guarded
+    def _prepare(self) -> None:
+        """Checks the schema version and makes the indexes."""
+        hello = self._client.admin.command("hello")
+        self._has_transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
+        schema = self._database[SCHEMA_COLLECTION]
+        schema.update_one({"_id": "al_loop"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True)
+        stored = (schema.find_one({"_id": "al_loop"}) or {})["version"]
+        if stored > SCHEMA_VERSION:
+            raise StoreError(
+                f"database {self._database.name} has schema version {stored}, this al-loop knows {SCHEMA_VERSION}",
+                where=self.address,
+                mend="update al-loop, or use another database",
+            )
+        for document in DOCUMENTS:
+            specs = document._meta["index_specs"]
+            indexes = [IndexModel(spec["fields"], unique=spec.get("unique", False)) for spec in specs]
+            self._collection(document).create_indexes(indexes)
+
+    def query(self, kind: type[Document], **filters: Any) -> Any:
+        """mongoengine's query set over this very store (``kind.objects`` needs a global connection)."""
+        return QuerySet(kind, self._collection(kind))(**filters)
+
+    # runs
+
+    @_guarded
+    def load_run(self, name: str) -> RunRecord | None:
+        son = self._collection(RunDocument).find_one({"_id": name})
+        return None if son is None else mapping.run_from_document(mapping.from_son(RunDocument, son))
+
+    @_guarded
+    def save_run(self, run: RunRecord) -> None:
+        """Credentials of an address in ``settings`` are struck out; they are needed nowhere."""
+        clean = dataclasses.replace(run, settings=redact_tree(run.settings))
+        son = mapping.to_son(mapping.run_to_document(clean))
+        self._collection(RunDocument).replace_one({"_id": run.name}, son, upsert=True)
+
+    @_guarded
+    def list_runs(self) -> list[RunRecord]:
+        sons = self._collection(RunDocument).find().sort([("started", -1), ("_id", -1)])
+        return [mapping.run_from_document(mapping.from_son(RunDocument, son)) for son in sons]
+
+    @_guarded
+    def delete_run(self, name: str) -> bool:
+        """Forgets a run with its generations and bands; its labels and models stay, other runs may use them.
+
+        Returns whether there was one.
+        """
+
+        def work(session: ClientSession | None) -> bool:
+            for kind in (GenerationDocument, BandDocument):
+                self._collection(kind).delete_many({"run": name}, session=session)
+            self._collection(LabelDocument).update_many({"runs": name}, {"$pull": {"runs": name}}, session=session)
+            return bool(self._collection(RunDocument).delete_one({"_id": name}, session=session).deleted_count)
+
+        return self._atomically(work)
+
+    # generations
+
+    @_guarded
+    def load_generations(self, run: str) -> list[GenerationRecord]:
+        bands: dict[int, dict[str, BandDocument]] = {}
+        generations = list(self._collection(GenerationDocument).find({"run": run}).sort("index", 1))
+        for son in self._collection(BandDocument).find({"run": run}):
+            bands.setdefault(son["generation"], {})[son["path"]] = mapping.from_son(BandDocument, self._inlined(son))
+        documents = [mapping.from_son(GenerationDocument, self._inlined(son)) for son in generations]
+        return [mapping.generation_from_documents(document, bands.get(document.index, {})) for document in documents]
+
+    @_guarded
+    def save_generation(self, record: GenerationRecord) -> None:
+        """All of it or nothing; on a server without transactions bands come first, the generation makes them count."""
+        generation, bands = mapping.generation_to_documents(record)
+        generation_son = self._outlined(mapping.to_son(generation))
+        band_sons = [self._outlined(mapping.to_son(band)) for band in bands]
+        paths = [son["path"] for son in band_sons]
+        place = {"run": record.run, "generation": record.index}
+
+        def work(session: ClientSession | None) -> None:
+            collection = self._collection(BandDocument)
+            for son in band_sons:
+                collection.replace_one({**place, "path": son["path"]}, son, upsert=True, session=session)
+            self._collection(GenerationDocument).replace_one(
+                {"run": record.run, "index": record.index}, generation_son, upsert=True, session=session
+            )
+            collection.delete_many({**place, "path": {"$nin": paths}}, session=session)
+
+        self._atomically(work)
+
+    # labels
+
+    @_guarded
+    def load_labels(self, keys: Sequence[str]) -> dict[str, Label]:
+        labels = {}
+        wanted = list(dict.fromkeys(keys))
+        for start in range(0, len(wanted), KEYS_PER_QUERY):
+            for son in self._collection(LabelDocument).find({"_id": {"$in": wanted[start : start + KEYS_PER_QUERY]}}):
+                label = mapping.label_from_document(mapping.from_son(LabelDocument, self._inlined(son)))
+                labels[label.key] = label
+        return {key: labels[key] for key in wanted if key in labels}
+
+    @_guarded
+    def save_label(self, label: Label, run: str = "") -> None:
+        """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept."""
+        son = self._outlined(mapping.to_son(mapping.label_to_document(label)))
+        key = son.pop("_id")
+        son.pop("runs")
+        absent = {name: "" for name in LabelDocument._fields if name not in {*son, "key", "runs", "created"}}
+        update: dict[str, Any] = {"$set": son, "$unset": absent, "$setOnInsert": {"created": self._now()}}
+        joined = {"$addToSet": {"runs": run}} if run else {}
+        if not run:
+            update["$setOnInsert"]["runs"] = []
+        collection = self._collection(LabelDocument)
+        while True:
+            try:  # one atomic step; the filter misses an ok label, whose key then refuses the insert
+                collection.update_one({"_id": key, "status": {"$ne": "ok"}}, update | joined, upsert=True)
+                return
+            except DuplicateKeyError:
+                kept = collection.find_one({"_id": key}, {"status": 1})
+                if kept is not None and kept["status"] == "ok":  # else another process was faster: once more
+                    if joined:
+                        collection.update_one({"_id": key}, joined)
+                    return
+
+    @_guarded
+    def count_labels_by_status(self, run: str | None = None) -> dict[str, int]:
+        """How many labels there are (that ``run`` used), by status; statuses without any are absent."""
+        stages: list[Mapping[str, Any]] = [{"$match": {} if run is None else {"runs": run}}]
+        stages += [{"$group": {"_id": "$status", "n": {"$sum": 1}}}, {"$sort": {"_id": 1}}]
+        return {row["_id"]: row["n"] for row in self._collection(LabelDocument).aggregate(stages)}
+
+    # models
+
+    @_guarded
+    def save_model(self, weights: bytes, description: dict[str, object]) -> str:
+        try:
+            entry = {"description": encode_plain(description), "created": self._now()}
+        except TypeError as error:
+            raise StoreError(f"cannot be stored: {error}", where="description of a model") from error
+        return self._models.put(weights, entry)
+
+    @_guarded
+    def load_model(self, sha256: str) -> bytes:
+        return self._models.get(sha256)
+
+    def close(self) -> None:
+        self._client.close()
+
+    # within
+
+    def _collection(self, kind: type[Document]) -> Any:
+        return self._database[kind._get_collection_name()]
+
+    def _atomically(self, work: Callable[[ClientSession | None], R]) -> R:
+        """Does ``work`` in a transaction where the server has them (a stand-alone one has not)."""
+        if not self._has_transactions:
+            return work(None)
+        with self._client.start_session() as session:
+            return session.with_transaction(work)
+
+    def _outlined(self, value: Any) -> Any:
+        """``value`` with its large arrays in GridFS; no user's key starts with ``%`` (see ``encode_plain``)."""
+        if isinstance(value, bytes) and len(value) > BLOB_BYTES:
+            return {"%blob": self._blobs.put(value, {})}
+        if isinstance(value, Mapping):
+            return {key: self._outlined(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._outlined(item) for item in value]
+        return value
+
+    def _inlined(self, value: Any) -> Any:
+        """Undoes ``_outlined``."""
+        if isinstance(value, Mapping):
+            if "%blob" in value:
+                return Binary(self._blobs.get(value["%blob"]))
+            return {key: self._inlined(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._inlined(item) for item in value]
+        return value
