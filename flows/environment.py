@@ -1,0 +1,51 @@
+"""The only place that reads environment variables and the clock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+HOME_VARIABLE = "AL_LOOP_HOME"
+MONGODB_VARIABLE = "AL_LOOP_MONGODB_URI"
+
+
+def data_dir() -> Path:
+    """Where the services keep their data, logs and pids: ``AL_LOOP_HOME``, else the user's data folder. Absolute."""
+    given = os.environ.get(HOME_VARIABLE)
+    if given:
+        return Path(given).expanduser().resolve()
+    from platformdirs import user_data_path
+
+    return user_data_path("al-loop", appauthor=False)
+
+
+def mongodb_uri_from_env() -> str | None:
+    """The MongoDB the user named in ``AL_LOOP_MONGODB_URI``, or None."""
+    return os.environ.get(MONGODB_VARIABLE) or None
+
+
+def prefect_api_url_from_env() -> str | None:
+    """A ``PREFECT_API_URL`` in the environment; Prefect lets it win over every profile."""
+    return os.environ.get("PREFECT_API_URL") or None
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a service: ours without the user's Prefect settings, plus ``changes``; loopback never goes
+    through a proxy."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    direct = ",".join(
+        filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost"])
+    )
+    return inherited | {"NO_PROXY": direct, "no_proxy": direct} | dict(changes)
+
+
+def python_path_with(folder: str) -> str:
+    """``PYTHONPATH`` with ``folder`` in front."""
+    return os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+
+
+def now_iso() -> str:
+    """Now, as ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,252 @@
+"""What a run file may say: one pydantic model a section, with units, defaults and bounds.
+
+The same models are the deployment's parameters, so titles and descriptions are what a person reads in the form.
+Whether the files named here exist is asked in ``runfile``; whether the calculator can run, in ``check``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names become folders and ids: letters, digits, dots, dashes and underscores."""
+
+FOUNDATION_NAMES = (
+    "small",
+    "medium",
+    "large",
+    "small-0b",
+    "medium-0b",
+    "small-0b2",
+    "medium-0b2",
+    "large-0b2",
+    "medium-0b3",
+    "medium-mpa-0",
+    "small-omat-0",
+    "medium-omat-0",
+    "mace-matpes-pbe-0",
+    "mace-matpes-r2scan-0",
+    "mh-0",
+    "mh-1",
+)
+"""The names mace-torch 0.3.16 knows; written down here because asking it imports torch."""
+
+LATER_VALUES: dict[str, tuple[str, ...]] = {
+    "calculator.name": ("vasp", "espresso", "gpaw", "cp2k"),
+    "executor.kind": ("pyiron",),
+    "model.strategy": ("multihead", "lora", "frozen"),
+    "model.correction": ("gp",),
+}
+"""Values with a meaning that this version does not have yet: refused by name, not as misspelt."""
+
+LATER_KEYS = (
+    "executor.queue",
+    "executor.cores",
+    "executor.walltime",
+    "model.options.head",
+    "model.options.lora_rank",
+    "model.options.frozen_layers",
+    "model.options.replay_file",
+)
+"""Keys of which the same is true."""
+
+
+def _known_foundation(value: Any) -> Any:
+    if isinstance(value, str) and not value.endswith(".model") and value not in FOUNDATION_NAMES:
+        raise ValueError(f"{value!r} is neither a .model file nor a name mace-torch knows")
+    return value
+
+
+class Section(BaseModel):
+    """Common to all sections: unknown keys and silent conversions are refused, values do not change."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PathSettings(Section):
+    """One hop: two end states, or a whole band."""
+
+    name: str = Field(default="hop", pattern=NAME_PATTERN, description="the hop's name, unique in the run")
+    initial: str | None = Field(
+        default=None, description="initial state: a file ase.io.read takes, relative to the run file"
+    )
+    final: str | None = Field(default=None, description="final state: the same atoms in the same order")
+    band: str | None = Field(
+        default=None, description="a whole starting band, end states included, instead of initial and final"
+    )
+    relax_endpoints: bool = Field(
+        default=True, description="relax the end states on the surrogate, checked with reference labels"
+    )
+    reference_barrier_ev: float | None = Field(
+        default=None, description="eV; a known barrier to report the error against, if there is one"
+    )
+    charge: float = Field(default=0.0, description="e; total charge, where the calculator needs it")
+    magnetic_moments: list[float] | None = Field(
+        default=None, min_length=1, description="μ_B; initial moments, one an atom, where the calculator needs them"
+    )
+
+    @model_validator(mode="after")
+    def _pair_or_band(self) -> Self:
+        if self.band is not None and (self.initial is not None or self.final is not None):
+            raise ValueError("a band and end states exclude each other (give `initial` and `final`, or `band`)")
+        if self.band is None:
+            for key in ("initial", "final"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"`{key}` is missing (give `initial` and `final`, or `band`)")
+        return self
+
+
+class CalculatorSettings(Section):
+    """Where reference labels come from."""
+
+    name: str = Field(description="emt, tblite, chgnet, mace, ase or a plug-in (`al-loop calculators` lists them)")
+    settings: dict[str, JsonValue] = Field(default_factory=dict, description="the calculator's own settings")
+    factory: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="package.module:function that returns an ASE calculator; only with name: ase",
+    )
+
+    path: str | None = Field(
+        default=None, description="folder of the factory's module if it is not installed; empty: the run file's"
+    )
+    packages: list[str] = Field(
+        default_factory=list, description="packages whose version moves the factory's energy, e.g. [gpaw]"
+    )
+
+    @model_validator(mode="after")
+    def _factory_goes_with_ase(self) -> Self:
+        if self.name == "ase" and self.factory is None:
+            raise ValueError("`factory` is missing (name: ase needs factory: package.module:function)")
+        for key in ("factory", "path", "packages"):
+            if self.name != "ase" and getattr(self, key):
+                raise ValueError(f"`{key}` belongs to name: ase (remove it, or set name: ase)")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings as the calculator registry takes them."""
+        if self.name == "ase":
+            return {key: getattr(self, key) for key in ("factory", "settings", "path", "packages")}
+        return dict(self.settings)
+
+
+class ExecutorSettings(Section):
+    """Where and how many reference calculations run."""
+
+    kind: Literal["local"] = Field(default="local", description="local: worker processes on this machine")
+    workers: int = Field(default=2, ge=1, le=1024, description="calculations at the same time")
+    timeout_s: float = Field(default=3600.0, gt=0, description="s; a calculation that takes longer is ended")
+    threads: int = Field(default=1, ge=1, le=1024, description="threads of each calculation")
+
+
+class TrainingOptions(Section):
+    """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` has the same names and defaults."""
+
+    epochs: int = Field(default=80, ge=1, description="of the first training of a member")
+    warm_epochs: int = Field(default=40, ge=1, description="of later ones, which start from the last weights")
+    learning_rate: float = Field(default=0.01, gt=0, description="peak of the one-cycle schedule")
+    energy_weight_per_ev2: float = Field(default=20.0, ge=0, description="1/eV²; on the squared relative total energy")
+    force_weight: float = Field(default=1.0, ge=0, description="Å²/eV²; on the mean squared force component")
+    clip_norm: float = Field(default=10.0, gt=0, description="largest norm of the gradient")
+
+
+class ModelSettings(Section):
+    """The surrogate: a MACE committee plus a closed-form correction."""
+
+    foundation: Annotated[str | None, BeforeValidator(_known_foundation)] = Field(
+        default=None,
+        description=(
+            "a .model file or a name mace-torch knows (small, medium-mpa-0, ...); "
+            "empty: a small MACE made at first use from the seed"
+        ),
+    )
+    strategy: Literal["auto", "zero-shot", "scratch", "naive"] = Field(
+        default="auto", description="how MACE learns the labels; auto says which it chose and why"
+    )
+    committee: int = Field(default=3, ge=1, le=32, description="members of the committee")
+    correction: Literal["none", "blr"] = Field(default="blr", description="closed-form correction on top of MACE")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight_per_ev2, ...",
+    )
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:0")
+
+    @model_validator(mode="after")
+    def _something_tells_uncertainty(self) -> Self:
+        if self.correction == "none" and self.committee < 2:
+            raise ValueError(
+                "one member without correction states no uncertainty (committee: 2 or more, or correction: blr)"
+            )
+        return self
+
+
+class NebSettings(Section):
+    """How a band is relaxed on the surrogate."""
+
+    n_images: int = Field(default=7, ge=3, le=97, description="images between the end states")
+    climb: bool = Field(default=True, description="let the highest image climb to the saddle")
+    fmax_ev_per_ang: float = Field(default=0.03, gt=0, description="eV/Å; the band is relaxed below this NEB force")
+    spring_ev_per_ang2: float = Field(default=0.1, gt=0, description="eV/Å²; spring constant between images")
+    interpolation: Literal["idpp", "linear"] = Field(default="idpp", description="how the first band is made")
+
+
+class SelectSettings(Section):
+    """Which structures are labelled next."""
+
+    strategy: Literal["saddle+uncertainty"] = Field(
+        default="saddle+uncertainty", description="the saddle, then the most uncertain images"
+    )
+    labels_per_generation: int = Field(default=1, ge=1, le=100, description="labels a path asks for in one generation")
+
+
+class StopSettings(Section):
+    """When a run is done."""
+
+    barrier_tolerance_ev: float = Field(
+        default=0.01, gt=0, description="eV; agreement and uncertainty asked of a converged barrier"
+    )
+    saddle_fmax_ev_per_ang: float = Field(
+        default=0.05, gt=0, description="eV/Å; largest reference force left on the saddle and the end states"
+    )
+    max_generations: int = Field(default=15, ge=1, description="generations at most")
+    max_labels: int = Field(default=60, ge=1, description="reference calculations at most, failed ones included")
+
+
+class StoreSettings(Section):
+    """Where everything is remembered."""
+
+    mongodb_uri: str | None = Field(
+        default=None,
+        pattern=r"^mongodb(\+srv)?://.+",
+        description="mongodb://...; empty: AL_LOOP_MONGODB_URI, or else the embedded server",
+    )
+
+
+class RunSettings(Section):
+    """A run file."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN, max_length=120, description="the run's name; a name that exists goes on where it stopped"
+    )
+    paths: list[PathSettings] = Field(
+        min_length=1, description="one or several hops; they share one model and one label store"
+    )
+    data: list[str] = Field(default_factory=list, description="files of labelled structures to start from")
+    calculator: CalculatorSettings = Field(description="where reference labels come from")
+    executor: ExecutorSettings = Field(default=ExecutorSettings(), description="where reference calculations run")
+    model: ModelSettings = Field(default=ModelSettings(), description="the surrogate")
+    neb: NebSettings = Field(default=NebSettings(), description="how bands are relaxed")
+    select: SelectSettings = Field(default=SelectSettings(), description="which structures are labelled next")
+    stop: StopSettings = Field(default=StopSettings(), description="when the run is done")
+    store: StoreSettings = Field(default=StoreSettings(), description="where everything is remembered")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything that is random")
+
+    @model_validator(mode="after")
+    def _path_names_are_unique(self) -> Self:
+        names = [path.name for path in self.paths]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several paths are named {twice[0]!r} (give each path its own `name`)")
+        return self

@@ -1,0 +1,174 @@
+"""From a run file's settings to the loop's parts: hops, specs, the surrogate's trainer, the labeler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alcore.endpoints import make_pair, read_atoms, read_band
+from alcore.errors import EndpointError, InputError
+from alcore.loop import LoopSpec
+from alcore.neb import NebSpec
+from alcore.selection import SelectSpec
+from alcore.stopping import StopSpec
+from alcore.types import EndpointPair, Label
+from flows.settings import ModelSettings, PathSettings, RunSettings
+
+if TYPE_CHECKING:
+    from alcore.mace.trainer import MaceTrainer
+    from alcore.protocols import RecordStore
+    from calculators.base import ResolvedCalculator
+    from calculators.labeling import LocalLabeler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """The starting model and where it comes from; ``name`` is what every result that uses it prints."""
+
+    model: Any
+    untrained: bool
+    name: str
+
+
+def read_pair(path: PathSettings, where: str) -> EndpointPair:
+    """One hop's end states, read and checked.
+
+    Raises:
+        InputError: a file that cannot be read.
+        EndpointError: end states that do not belong together.
+    """
+    if path.band is not None:
+        first, *inner, last = read_band(Path(path.band), f"{where}.band")
+    else:
+        assert path.initial is not None and path.final is not None
+        first, last = read_atoms(Path(path.initial), f"{where}.initial"), read_atoms(Path(path.final), f"{where}.final")
+        inner = []
+    moments = path.magnetic_moments
+    if moments is not None and len(moments) != len(first):
+        raise EndpointError(
+            f"{len(moments)} magnetic moments for {len(first)} atoms", where=f"{where}.magnetic_moments", mend="give one an atom"
+        )
+    return make_pair(
+        path.name,
+        first,
+        last,
+        inner=inner,
+        charge=path.charge,
+        magnetic_moments=moments,
+        relax=path.relax_endpoints,
+        reference_barrier_ev=path.reference_barrier_ev,
+    )
+
+
+def read_pairs(settings: RunSettings) -> list[EndpointPair]:
+    """All hops; raises at the first that is wrong (``check`` lists them all)."""
+    return [read_pair(path, f"paths.{k}") for k, path in enumerate(settings.paths)]
+
+
+def loop_spec(settings: RunSettings) -> LoopSpec:
+    """The loop's settings as the science takes them."""
+    return LoopSpec(
+        run=settings.name,
+        neb=NebSpec(**settings.neb.model_dump()),
+        select=SelectSpec(**settings.select.model_dump()),
+        stop=StopSpec(**settings.stop.model_dump()),
+    )
+
+
+def resolve_calculator(settings: RunSettings, pairs: Sequence[EndpointPair]) -> ResolvedCalculator:
+    """The reference calculator, checked against the structures it will be asked about.
+
+    Raises:
+        CalculatorError: unknown, wrongly set, not here, lacks an element, or cannot take a charge.
+    """
+    from calculators.registry import resolve
+
+    resolved = resolve(settings.calculator.name, settings.calculator.arguments())
+    resolved.check_available()
+    for pair in pairs:
+        resolved.check_structure(pair.initial, f"path {pair.name}")
+    return resolved
+
+
+def make_labeler(settings: RunSettings, resolved: ResolvedCalculator, data_dir: Path) -> LocalLabeler:
+    """Worker processes for the reference calculator; their folders lie under the data folder, by run."""
+    from calculators.labeling import LocalLabeler
+
+    executor = settings.executor
+    return LocalLabeler(
+        resolved,
+        data_dir / "calculations" / settings.name,
+        workers=executor.workers,
+        timeout_s=executor.timeout_s,
+        threads=executor.threads,
+    )
+
+
+def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Prior:
+    """The starting model: a foundation model, or an untrained one from the seed.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not know an element.
+    """
+    from alcore.identity import sha256_hex
+    from alcore.mace.models import build_model, check_elements, load_foundation
+
+    elements = sorted({int(z) for z in numbers})
+    device = pick_device(settings.device)
+    if settings.foundation is None:
+        model = build_model(elements, seed).to(device)
+        return Prior(model=model, untrained=True, name=f"untrained MACE (seed {seed}), which has seen no reference data")
+    model = load_foundation(settings.foundation, device=device)
+    check_elements(model, elements)
+    path = Path(settings.foundation)
+    content = f", sha256 {sha256_hex(path.read_bytes())[:16]}" if path.is_file() else ""
+    return Prior(model=model, untrained=False, name=f"foundation model {path.name}{content}")
+
+
+def pick_device(asked: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes the GPU where there is one.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here", where="model.device", mend="set device: auto or cpu")
+    return asked
+
+
+def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> MaceTrainer:
+    """The trainer; weights are kept in the store."""
+    from alcore.mace.trainer import MaceTrainer, ModelSpec
+    from alcore.mace.training import TrainSpec
+
+    model = settings.model
+    spec = ModelSpec(
+        strategy=model.strategy,
+        committee=model.committee,
+        correction=model.correction,
+        train=TrainSpec(**model.options),  # type: ignore[arg-type]
+        seed=settings.seed,
+        prior_name=prior.name,
+    )
+    return MaceTrainer(prior.model, spec, untrained=prior.untrained, save_model=store.save_model, load_model=store.load_model)
+
+
+def read_data(settings: RunSettings, resolved: ResolvedCalculator) -> list[Label]:
+    """Labels the user brought along.
+
+    Raises:
+        InputError: a file or frame that cannot be used.
+    """
+    from alcore.dataset import read_labels
+
+    return [
+        label
+        for k, file in enumerate(settings.data)
+        for label in read_labels(Path(file), fingerprint=resolved.fingerprint, calculator=settings.calculator.name, where=f"data.{k}")
+    ]
