@@ -1,8 +1,9 @@
-"""Barriers of a band: the climbing image, a force-consistent spline, every extremum, and labels held against predictions."""
+"""Barriers of a band: climbing image, force-consistent spline, every extremum; and labels held against predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import numpy as np
 from ase.geometry import find_mic
@@ -15,7 +16,7 @@ EXTREMUM_DEPTH_EV = 1e-3
 
 
 def tangential_slopes(band: Band) -> FloatArray:
-    """dE/ds along the path at every image in eV/Å, ``(n_images,)``, from forces and central differences of positions."""
+    """dE/ds along the path at each image in eV/Å, ``(n_images,)``, from forces and central differences of positions."""
     steps = np.diff(band.positions, axis=0)
     if band.template.pbc.any():
         steps = np.array([find_mic(step, band.template.cell, band.template.pbc)[0] for step in steps])
@@ -32,7 +33,7 @@ def path_spline(band: Band) -> CubicHermiteSpline:
 
 
 def find_extrema(band: Band) -> tuple[Extremum, ...]:
-    """Every minimum and maximum of the spline between the end states, in order; pairs shallower than 1 meV are dropped."""
+    """Every minimum and maximum of the spline between the end states, in order, without pairs shallower than 1 meV."""
     spline = path_spline(band)
     roots = spline.derivative().roots(extrapolate=False)
     roots = np.unique(roots[np.isfinite(roots)])
@@ -49,7 +50,7 @@ def find_extrema(band: Band) -> tuple[Extremum, ...]:
         if 0.01 * length < s < 0.99 * length
     ]
     while len(found) > 1:
-        depths = [abs(b.energy_ev - a.energy_ev) for a, b in zip(found, found[1:], strict=False)]
+        depths = [abs(b.energy_ev - a.energy_ev) for a, b in pairwise(found)]
         k = int(np.argmin(depths))
         if depths[k] > EXTREMUM_DEPTH_EV:
             break
@@ -77,7 +78,9 @@ def estimate_barrier(band: Band) -> BarrierEstimate:
 
 def held_against(candidate: Candidate, label: Label, initial: Label | None, generation: int) -> Residual | None:
     """The label against what was predicted before it; None if there was no prediction, or nothing to compare with."""
-    if not label.ok or initial is None or candidate.energy_ev is None or label.energy_ev is None or initial.energy_ev is None:
+    if not label.ok or initial is None or not initial.ok:
+        return None
+    if candidate.energy_ev is None or label.energy_ev is None or initial.energy_ev is None:
         return None
     assert label.forces is not None
     return Residual(
@@ -108,17 +111,23 @@ def label_fmax(label: Label | None) -> float | None:
     return None if label is None or not label.ok or label.forces is None else label.structure.free_fmax(label.forces)
 
 
-def count_calls(asked: Mapping[str, tuple[str, Label]]) -> dict[str, int]:
-    """Evaluations of the reference by kind; a failed one counts under its kind and under ``failed``, a reused one not at all.
+def count_calls(before: Mapping[str, int], answered: Iterable[tuple[str, Label]]) -> dict[str, int]:
+    """Evaluations of the reference by kind; a failed one counts under its kind and under ``failed``, a reused one not.
 
     Args:
-        asked: key -> (kind, label) of everything this run asked for.
+        before: counts up to the last generation.
+        answered: kind and label of everything asked for since (one that failed and is asked again counts again).
     """
-    counts: dict[str, int] = {}
-    for kind, label in asked.values():
+    counts = dict(before)
+    for kind, label in answered:
         if label.reused:
             continue
         counts[kind] = counts.get(kind, 0) + 1
         if not label.ok:
             counts["failed"] = counts.get("failed", 0) + 1
     return counts
+
+
+def total_calls(counts: Mapping[str, int]) -> int:
+    """All evaluations, failures included once."""
+    return sum(n for kind, n in counts.items() if kind != "failed")

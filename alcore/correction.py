@@ -83,14 +83,17 @@ def fit_correction(
         energy_residuals_ev: label minus model, ``(n_models, n_labels)``.
         force_residuals: label minus model for the design's force rows in eV/Å, ``(n_models, n_force_rows)``.
         unseen_energy_residuals_ev, unseen_force_residuals: the same against a model that never saw the labels,
-            ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of labels a
-            model was trained on are small for the wrong reason.
+            ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of
+            labels a model was trained on are small for the wrong reason.
     """
     rows, unseen_energy = _centred(design, unseen_energy_residuals_ev)
     gram_energy, gram_force = rows.T @ rows / ENERGY_NOISE_EV**2, design.forces.T @ design.forces
     dof = len(rows) - len(np.unique(design.groups))
     moments = (rows.T @ unseen_energy / ENERGY_NOISE_EV**2, design.forces.T @ unseen_force_residuals)
-    squares = (float(unseen_energy @ unseen_energy) / ENERGY_NOISE_EV**2, float(unseen_force_residuals @ unseen_force_residuals))
+    squares = (
+        float(unseen_energy @ unseen_energy) / ENERGY_NOISE_EV**2,
+        float(unseen_force_residuals @ unseen_force_residuals),
+    )
     n_features, n_forces = rows.shape[1], len(design.forces)
 
     def negative_log_evidence(log_hyper: FloatArray) -> float:

@@ -57,7 +57,11 @@ def read_labels(path: Path, *, fingerprint: str, calculator: str, where: str) ->
     try:
         frames = read(path, index=":")
     except Exception as error:
-        raise InputError(f"{path.name} cannot be read: {error or type(error).__name__}", where=where, mend="give a file ase.io.read takes") from error
+        raise InputError(
+            f"{path.name} cannot be read: {error or type(error).__name__}",
+            where=where,
+            mend="give a file ase.io.read takes",
+        ) from error
     return [_label_of(frame, k, path, fingerprint, calculator, where) for k, frame in enumerate(frames)]
 
 
@@ -66,9 +70,13 @@ def _label_of(frame: Atoms, k: int, path: Path, fingerprint: str, calculator: st
     energy = frame.info.get("REF_energy", results.get("free_energy", results.get("energy")))
     forces = frame.arrays.get("REF_forces", results.get("forces"))
     if energy is None or forces is None:
-        raise InputError(f"frame {k} of {path.name} has no energy and forces", where=where, mend="give REF_energy and REF_forces")
+        raise InputError(
+            f"frame {k} of {path.name} has no energy and forces", where=where, mend="give REF_energy and REF_forces"
+        )
     if not (np.isfinite(energy) and np.isfinite(forces).all()):
-        raise InputError(f"frame {k} of {path.name} has an energy or force that is not finite", where=where, mend="remove it")
+        raise InputError(
+            f"frame {k} of {path.name} has an energy or force that is not finite", where=where, mend="remove it"
+        )
     theirs = str(frame.info.get("fingerprint", fingerprint))
     if theirs != fingerprint:
         raise InputError(

@@ -21,6 +21,8 @@ from alcore.types import EndpointPair, FloatArray, Structure
 
 CELL_TOLERANCE_ANG = 1e-3
 SAME_PLACE_ANG = 0.05
+SWAP_ANG = 1.0
+"""Atoms that move less are not swapped with another."""
 OVERLAP_FRACTION = 0.5
 """Two atoms nearer than this fraction of their covalent radii's sum lie on top of each other."""
 
@@ -36,7 +38,11 @@ def read_atoms(path: Path, where: str) -> Atoms:
     try:
         atoms = read(path)
     except Exception as error:
-        raise InputError(f"{path.name} cannot be read: {error or type(error).__name__}", where=where, mend="give a file ase.io.read takes") from error
+        raise InputError(
+            f"{path.name} cannot be read: {error or type(error).__name__}",
+            where=where,
+            mend="give a file ase.io.read takes",
+        ) from error
     assert isinstance(atoms, Atoms)
     return atoms
 
@@ -52,9 +58,15 @@ def read_band(path: Path, where: str) -> list[Atoms]:
     try:
         frames = read(path, index=":")
     except Exception as error:
-        raise InputError(f"{path.name} cannot be read: {error or type(error).__name__}", where=where, mend="give a file ase.io.read takes") from error
+        raise InputError(
+            f"{path.name} cannot be read: {error or type(error).__name__}",
+            where=where,
+            mend="give a file ase.io.read takes",
+        ) from error
     if not isinstance(frames, list) or len(frames) < 3:
-        raise InputError(f"{path.name} holds fewer than three images", where=where, mend="give the whole band, end states included")
+        raise InputError(
+            f"{path.name} holds fewer than three images", where=where, mend="give the whole band, end states included"
+        )
     return frames
 
 
@@ -89,13 +101,20 @@ def make_pair(
         previous = images[-1].positions
     if images:
         last = first.moved(unwrap(first.moved(previous), last.positions))
-    pair = EndpointPair(name=name, initial=first, final=last, images=tuple(images), relax=relax, reference_barrier_ev=reference_barrier_ev)
+    pair = EndpointPair(
+        name=name,
+        initial=first,
+        final=last,
+        images=tuple(images),
+        relax=relax,
+        reference_barrier_ev=reference_barrier_ev,
+    )
     check_pair(pair)
     return pair
 
 
 def unwrap(reference: Structure, positions: FloatArray) -> FloatArray:
-    """``positions`` moved by lattice vectors so that each atom is nearest to its place in ``reference``, ``(n_atoms, 3)``."""
+    """``positions`` ``(n_atoms, 3)`` moved by lattice vectors, each atom nearest to its place in ``reference``."""
     if not reference.pbc.any():
         return positions
     shift, _ = find_mic(positions - reference.positions, reference.cell, reference.pbc)
@@ -105,14 +124,20 @@ def unwrap(reference: Structure, positions: FloatArray) -> FloatArray:
 def _check_constraints(atoms: Atoms, where: str) -> None:
     for constraint in atoms.constraints:
         if not isinstance(constraint, FixAtoms | FixCartesian):
-            raise EndpointError(f"constraint {type(constraint).__name__} is not supported", where=where, mend="use FixAtoms or FixCartesian")
+            raise EndpointError(
+                f"constraint {type(constraint).__name__} is not supported",
+                where=where,
+                mend="use FixAtoms or FixCartesian",
+            )
 
 
 def _check_same_atoms(name: str, first: Structure, last: Structure) -> None:
     """Composition, order, cell, periodicity and constraints must agree."""
     if sorted(first.numbers) != sorted(last.numbers):
         raise EndpointError(
-            f"the end states differ in composition: {_formula(first)} and {_formula(last)}", where=name, mend="give the same atoms in both files"
+            f"the end states differ in composition: {_formula(first)} and {_formula(last)}",
+            where=name,
+            mend="give the same atoms in both files",
         )
     off = np.flatnonzero(first.numbers != last.numbers)
     if len(off):
@@ -124,15 +149,23 @@ def _check_same_atoms(name: str, first: Structure, last: Structure) -> None:
             mend="sort both files the same way",
         )
     if (first.pbc != last.pbc).any():
-        raise EndpointError(f"the end states differ in periodicity: {first.pbc.tolist()} and {last.pbc.tolist()}", where=name, mend="make pbc the same")
+        raise EndpointError(
+            f"the end states differ in periodicity: {first.pbc.tolist()} and {last.pbc.tolist()}",
+            where=name,
+            mend="make pbc the same",
+        )
     drift = np.linalg.norm(first.cell - last.cell, axis=1)
     if drift.max() > CELL_TOLERANCE_ANG:
         raise EndpointError(
-            f"the end states differ in cell vector {'abc'[int(drift.argmax())]} by {drift.max():.3f} Å", where=name, mend="relax both in one cell"
+            f"the end states differ in cell vector {'abc'[int(drift.argmax())]} by {drift.max():.3f} Å",
+            where=name,
+            mend="relax both in one cell",
         )
     if (first.fixed != last.fixed).any():
         k = int(np.flatnonzero((first.fixed != last.fixed).any(axis=1))[0])
-        raise EndpointError(f"atom {k} is fixed in one end state and not in the other", where=name, mend="use the same constraints")
+        raise EndpointError(
+            f"atom {k} is fixed in one end state and not in the other", where=name, mend="use the same constraints"
+        )
 
 
 def check_pair(pair: EndpointPair) -> None:
@@ -145,31 +178,44 @@ def check_pair(pair: EndpointPair) -> None:
         if contact is not None and contact[2] < OVERLAP_FRACTION:
             i, j, _ = contact
             gap = structure.positions[i] - structure.positions[j]
-            distance = float(np.linalg.norm(find_mic(gap, structure.cell, structure.pbc)[0] if structure.pbc.any() else gap))
+            distance = float(
+                np.linalg.norm(find_mic(gap, structure.cell, structure.pbc)[0] if structure.pbc.any() else gap)
+            )
             raise EndpointError(
-                f"atoms {i} ({chemical_symbols[structure.numbers[i]]}) and {j} ({chemical_symbols[structure.numbers[j]]}) of the "
-                f"{label} state are {distance:.2f} Å apart",
+                f"atoms {i} ({chemical_symbols[structure.numbers[i]]}) and "
+                f"{j} ({chemical_symbols[structure.numbers[j]]}) of the {label} state are {distance:.2f} Å apart",
                 where=pair.name,
                 mend="look at the structure, its cell and its units",
             )
     moved = np.linalg.norm(pair.final.positions - pair.initial.positions, axis=1)
     if moved.max() < SAME_PLACE_ANG:
         raise EndpointError(
-            f"the end states are the same structure (no atom moves more than {moved.max():.3f} Å)", where=pair.name, mend="give two different end states"
+            f"the end states are the same structure (no atom moves more than {moved.max():.3f} Å)",
+            where=pair.name,
+            mend="give two different end states",
         )
     if pair.initial.fixed.all():
         raise EndpointError("every atom is fixed", where=pair.name, mend="free the atoms that take part in the hop")
     stuck = np.where(pair.initial.fixed, np.abs(pair.final.positions - pair.initial.positions), 0.0).max(axis=1)
     if stuck.max() > SAME_PLACE_ANG:
-        raise EndpointError(f"atom {int(stuck.argmax())} is fixed but moves {stuck.max():.2f} Å", where=pair.name, mend="free it, or give it one place")
+        raise EndpointError(
+            f"atom {int(stuck.argmax())} is fixed but moves {stuck.max():.2f} Å",
+            where=pair.name,
+            mend="free it, or give it one place",
+        )
     swapped = swapped_atoms(pair)
-    if len(swapped) > 2:
+    if swapped:
         listed = ", ".join(map(str, swapped[:6])) + (", …" if len(swapped) > 6 else "")
-        raise EndpointError(f"like atoms look swapped between the end states: {listed}", where=pair.name, mend="give both files the same order of atoms")
+        raise EndpointError(
+            f"like atoms look swapped between the end states: {listed}",
+            where=pair.name,
+            mend="give both files the same order of atoms",
+        )
 
 
 def swapped_atoms(pair: EndpointPair) -> list[int]:
-    """Atoms that another order of like atoms would bring home, if that more than halves the length of the path."""
+    """Atoms that another order of like atoms would bring home: if that more than halves the length of the path, or if
+    they only change places with each other. Two that do so while nothing else moves are a mechanism, direct exchange."""
     first, last = pair.initial, pair.final
     partner = np.arange(len(first))
     for z in np.unique(first.numbers):
@@ -182,15 +228,36 @@ def swapped_atoms(pair: EndpointPair) -> list[int]:
     moved = last.positions[partner] - first.positions
     if first.pbc.any():
         moved = find_mic(moved, first.cell, first.pbc)[0]
-    straight = float(np.linalg.norm(last.positions - first.positions))
-    return [int(k) for k in np.flatnonzero(partner != np.arange(len(first)))] if np.linalg.norm(moved) < 0.5 * straight else []
+    after, before = np.linalg.norm(moved, axis=1), np.linalg.norm(last.positions - first.positions, axis=1)
+    other = np.flatnonzero(partner != np.arange(len(first)))
+    if len(other) > 2 and np.linalg.norm(after) < 0.5 * np.linalg.norm(before):
+        return other.tolist()
+    # Atoms that follow one another end in a place of their own; atoms that only change places all come home.
+    home = (before > SWAP_ANG) & (after < 0.5 * before)
+    swapped: set[int] = set()
+    for k in other:
+        ring = [int(k)]
+        while (following := int(partner[ring[-1]])) != ring[0]:
+            ring.append(following)
+        if home[ring].all():
+            swapped.update(ring)
+    elsewhere = np.delete(before, sorted(swapped))
+    exchange = len(swapped) == 2 and (not len(elsewhere) or elsewhere.max() < SWAP_ANG)
+    return [] if exchange else sorted(swapped)
 
 
 def _formula(structure: Structure) -> str:
     return str(structure.to_atoms().symbols.formula)
 
 
-def relax_end_state(potential: Potential, structure: Structure, fmax_ev_per_ang: float, *, max_steps: int = 300, guards: Guards | None = None) -> Relaxed:
+def relax_end_state(
+    potential: Potential,
+    structure: Structure,
+    fmax_ev_per_ang: float,
+    *,
+    max_steps: int = 300,
+    guards: Guards | None = None,
+) -> Relaxed:
     """FIRE on one structure; stops at a guard with the last sound geometry, like ``neb.relax_band``.
 
     Returns:
@@ -215,7 +282,9 @@ def relax_end_state(potential: Potential, structure: Structure, fmax_ev_per_ang:
             break
         positions = positions + fire.step(force)
         energies, forces = potential.evaluate(structure, positions)
-        reason = guard_reason(structure, positions, np.concatenate([first_energy, energies, first_energy]), start, limits)
+        reason = guard_reason(
+            structure, positions, np.concatenate([first_energy, energies, first_energy]), start, limits
+        )
         if reason:
             status = "guarded"
             positions, energies, forces = sound

@@ -1,7 +1,7 @@
 """The loop: one generation, and generations until a stop rule holds. Written once, over injected steps.
 
-A generation probes each open hop, labels what is worth it, holds every label against what was predicted before, decides,
-and only then learns. What it needs from outside comes in a ``Workshop``.
+A generation probes each open hop, labels what is worth it, holds every label against what was predicted before,
+decides, and only then learns. What it needs from outside comes in a ``Workshop``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alcore.barrier import count_calls, held_against, label_fmax, reference_barrier
+from alcore.barrier import count_calls, held_against, label_fmax, reference_barrier, total_calls
 from alcore.dataset import grow
 from alcore.identity import label_key
 from alcore.neb import NebSpec, interpolate
@@ -168,8 +168,8 @@ def _resumed(fresh: LoopState, records: tuple[GenerationRecord, ...], shop: Work
 
 
 def run_loop(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopState:
-    """Generations until every hop is settled or the budget is spent; a state that is already settled comes back as it is,
-    unless the budget was raised since."""
+    """Generations until every hop is settled or the budget is spent; a state that is already settled comes back as it
+    is, unless the budget was raised since."""
     while True:
         done = state.decision
         if done.stop and not (done.code in ("label_budget", "generation_budget") and _can_go_on(state, spec)):
@@ -200,9 +200,10 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         with _timed(seconds, "label"):
             requests = _requests(probes, state, spec, shop, index)
             labels = _obtain(requests, index, spec.run, shop)
-        state, paths = _measure(state, probes, requests, labels, spec, shop, index)
-        calls = count_calls(state.asked)
-        n_calls = sum(n for kind, n in calls.items() if kind != "failed")
+        state, paths = _measure(state, probes, requests, labels, spec, shop)
+        answered = [(r.candidate.kind, labels[r.key]) for r in requests]
+        calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)
+        n_calls = total_calls(calls)
         decision = overall(paths, budget(n_calls, index, spec.stop))
         with _timed(seconds, "train"):
             state = _learn(state, paths, index, shop) if not decision.stop else state
@@ -227,7 +228,9 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
 
 def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Probe:
     last = state.last(name)
-    initial, final = (state.labels.get(key) if key else None for key in ((last.initial_label, last.final_label) if last else ("", "")))
+    initial, final = (
+        state.labels.get(key) if key else None for key in ((last.initial_label, last.final_label) if last else ("", ""))
+    )
     tries = sum(kind == "endpoint" for key in _path_keys(state, name) for kind in [state.asked[key][0]])
     return probe_path(
         state.pairs[name],
@@ -243,12 +246,21 @@ def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Prob
 
 
 def _path_keys(state: LoopState, name: str) -> list[str]:
-    return [key for record in state.records for p in record.paths if p.path == name for key in p.label_keys if key in state.asked]
+    return [
+        key
+        for record in state.records
+        for p in record.paths
+        if p.path == name
+        for key in p.label_keys
+        if key in state.asked
+    ]
 
 
-def _requests(probes: Mapping[str, Probe], state: LoopState, spec: LoopSpec, shop: Workshop, index: int) -> list[LabelRequest]:
+def _requests(
+    probes: Mapping[str, Probe], state: LoopState, spec: LoopSpec, shop: Workshop, index: int
+) -> list[LabelRequest]:
     """All candidates as requests, the same geometry once, cut to what the budget allows."""
-    left = spec.stop.max_labels - sum(not label.reused for _, label in state.asked.values())
+    left = spec.stop.max_labels - (state.records[-1].n_reference_calls if state.records else 0)
     requests: dict[str, LabelRequest] = {}
     for probe in probes.values():
         for candidate in probe.candidates:
@@ -258,7 +270,7 @@ def _requests(probes: Mapping[str, Probe], state: LoopState, spec: LoopSpec, sho
 
 
 def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Workshop) -> dict[str, Label]:
-    """A label for every request: from the store where it is good, else from the reference calculator, stored at once."""
+    """A label for every request: from the store where it is good, else from the reference, and then stored at once."""
     by_key = {request.key: request for request in requests}
     known = {key: _owned(label, run) for key, label in shop.store.load_labels(list(by_key)).items() if label.ok}
     for label in known.values():
@@ -270,7 +282,10 @@ def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Worksh
         shop.store.save_label(label, run)
         if not label.ok:
             place = f", files in {label.folder}" if label.folder else ""
-            shop.log(f"label of {by_key[key].candidate.path} ({by_key[key].candidate.kind}) is {label.status}: {label.reason}{place}")
+            shop.log(
+                f"label of {by_key[key].candidate.path} ({by_key[key].candidate.kind}) is {label.status}: "
+                f"{label.reason}{place}"
+            )
         return label
 
     missing = [key for key in by_key if key not in known]
@@ -290,15 +305,19 @@ def _measure(
     labels: Mapping[str, Label],
     spec: LoopSpec,
     shop: Workshop,
-    index: int,
 ) -> tuple[LoopState, list[PathRecord]]:
     """Labels against predictions, end states as they now stand, the correction refitted, and each hop's decision."""
+    index = len(state.records)
     asked = {**state.asked, **{r.key: (r.candidate.kind, labels[r.key]) for r in requests}}
     dataset = grow(state.dataset, labels.values())
     pairs = dict(state.pairs)
     drafts: dict[str, PathRecord] = {}
     for name, probe in probes.items():
-        answered = [(c, labels[key]) for c in probe.candidates if (key := label_key(c.structure, shop.labeler.fingerprint)) in labels]
+        answered = [
+            (c, labels[key])
+            for c in probe.candidates
+            if (key := label_key(c.structure, shop.labeler.fingerprint)) in labels
+        ]
         drafts[name], pairs[name] = _draft(pairs[name], probe, answered, state, index)
     new = [residual for draft in drafts.values() for residual in draft.residuals]
     residuals = [*state.residuals, *new]
@@ -312,7 +331,7 @@ def _measure(
             assert settled is not None
             paths.append(replace(settled, label_keys=(), residuals=()))
             continue
-        record = _with_std(drafts[name], surrogate, calibration)
+        record = _with_std(drafts[name], surrogate, calibration, spec.stop.barrier_tolerance_ev)
         given_up = _given_up(state, record, probes[name])
         paths.append(replace(record, decision=given_up or decide(record, spec.stop)))
     return state, paths
@@ -335,7 +354,9 @@ def _draft(
     initial, final = known.get(ends["initial"]), known.get(ends["final"])
     before = known.get(last.initial_label) if last and last.initial_label else initial
     residuals = [r for c, label in answered if (r := held_against(c, label, before, index)) is not None]
-    saddle = next((label for c, label in answered if probe.barrier and c.image == probe.barrier.saddle_image and label.ok), None)
+    saddle = next(
+        (label for c, label in answered if probe.barrier and c.image == probe.barrier.saddle_image and label.ok), None
+    )
     verified = reference_barrier(saddle, initial)
     forward = probe.barrier.forward_ev if probe.barrier else None
     best = verified if verified is not None else forward
@@ -369,10 +390,18 @@ def _calmer(new: Label, old: Label | None) -> bool:
     return new.energy_ev < old.energy_ev or (label_fmax(new) or 0.0) < (label_fmax(old) or 0.0)
 
 
-def _with_std(record: PathRecord, surrogate: Any, calibration: Calibration) -> PathRecord:
-    """The barrier's calibrated uncertainty now that this generation's labels are known to the correction."""
+def _with_std(record: PathRecord, surrogate: Any, calibration: Calibration, tolerance_ev: float) -> PathRecord:
+    """The barrier's calibrated uncertainty now that this generation's labels are known to the correction.
+
+    Where the saddle's label refuted the prediction (or there is none), the prediction stays as uncertain as it was, and
+    at least as uncertain as it was wrong.
+    """
     if record.band is None or record.barrier is None:
         return record
+    saddle = next((r for r in record.residuals if r.key == record.saddle_key), None)
+    if saddle is None or abs(saddle.error_ev) > tolerance_ev:
+        miss = abs(saddle.error_ev) if saddle else 0.0
+        return replace(record, barrier_std_ev=max(record.barrier.sigma_ev, miss))
     ends = np.stack([record.band.positions[0], record.band.positions[record.barrier.saddle_image]])
     committee, posterior = relative_sigmas(surrogate.predict(record.band.template, ends))
     return replace(record, barrier_std_ev=float(calibrated(committee, posterior, calibration)[1]))
@@ -382,11 +411,16 @@ def _given_up(state: LoopState, record: PathRecord, probe: Probe) -> Decision | 
     """A hop that cannot go on: an end state that is no minimum, or labels that keep failing."""
     if probe.hopeless:
         return Decision(stop=True, code="end_state_not_minimum", reason=probe.hopeless)
-    recent = [p for r in state.records for p in r.paths if p.path == record.path][-(MAX_FRUITLESS - 1) :] + [record]
+    earlier = [p for r in state.records for p in r.paths if p.path == record.path]
+    recent = [*earlier[-(MAX_FRUITLESS - 1) :], record]
     fruitless = [p for p in recent if p.label_keys and not any(state.asked[key][1].ok for key in p.label_keys)]
     if len(fruitless) >= MAX_FRUITLESS:
         worst = state.asked[record.label_keys[0]][1]
-        return Decision(stop=True, code="labels_failing", reason=f"{MAX_FRUITLESS} generations without a good label; last: {worst.status}, {worst.reason}")
+        return Decision(
+            stop=True,
+            code="labels_failing",
+            reason=f"{MAX_FRUITLESS} generations without a good label; last: {worst.status}, {worst.reason}",
+        )
     if not record.label_keys and not probe.candidates:
         return Decision(stop=True, code="labels_failing", reason="no image is left that is sound and not labelled")
     return None
@@ -401,7 +435,9 @@ def _learn(state: LoopState, paths: Sequence[PathRecord], index: int, shop: Work
     due = shop.trainer.due(state.surrogate, state.dataset)
     if not due:
         return state
-    trained = shop.runner.map("train", index, due, lambda name: shop.trainer.train_member(name, state.surrogate, state.dataset, index))
+    trained = shop.runner.map(
+        "train", index, due, lambda name: shop.trainer.train_member(name, state.surrogate, state.dataset, index)
+    )
     residuals = [*state.residuals, *(r for p in paths for r in p.residuals)]
     surrogate = shop.trainer.finish(state.surrogate, dict(zip(due, trained, strict=True)), state.dataset, residuals)
     return replace(state, surrogate=surrogate)
@@ -412,4 +448,3 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[step] = round(time.perf_counter() - began, 3)
-

@@ -6,6 +6,7 @@ Jónsson, J. Chem. Phys. 113, 9901 (2000)), FIRE (Bitzek et al., Phys. Rev. Lett
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,9 @@ from ase.mep.neb import idpp_interpolate
 
 from alcore.protocols import Potential
 from alcore.types import EndpointPair, FloatArray, Structure
+
+FLAT_EV = 1e-10
+"""Images whose energies differ by less have no uphill neighbour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class NebSpec:
     climb_below_ev_per_ang: float = 0.25
     max_step_ang: float = 0.08
     max_steps: int = 600
+
+
+DOUBT_EVERY = 5
+"""Steps between two questions whether the potential still knows what it is doing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,8 @@ class Relaxed:
 def interpolate(pair: EndpointPair, spec: NebSpec) -> FloatArray:
     """Starting positions of all images, end states included, ``(n_images + 2, n_atoms, 3)``.
 
-    End states are unwrapped already (``endpoints.unwrap``), so straight lines are the shortest ones. Image-dependent pair
-    potential: Smidstrup et al., J. Chem. Phys. 140, 214106 (2014).
+    End states are unwrapped already (``endpoints.unwrap``), so straight lines are the shortest ones. Image-dependent
+    pair potential: Smidstrup et al., J. Chem. Phys. 140, 214106 (2014).
     """
     if pair.images:
         inner = [image.positions for image in pair.images]
@@ -79,7 +87,9 @@ def interpolate(pair: EndpointPair, spec: NebSpec) -> FloatArray:
     band = start + fractions * (end - start)
     if spec.interpolation == "idpp":
         images: list[Atoms] = [pair.initial.moved(p).to_atoms() for p in band]
-        idpp_interpolate(images, traj=None, log=None, fmax=0.1, mic=bool(pair.initial.pbc.any()), steps=100)
+        with warnings.catch_warnings():  # about NEB's default method, which plays no part here
+            warnings.simplefilter("ignore")
+            idpp_interpolate(images, traj=None, log=None, fmax=0.1, mic=bool(pair.initial.pbc.any()), steps=100)
         band = np.array([image.positions for image in images])
         band[0], band[-1] = start, end
     return band
@@ -94,14 +104,20 @@ def tangents(positions: FloatArray, energies: FloatArray) -> FloatArray:
     falling = (energies[2:] < energies[1:-1]) & (energies[1:-1] < energies[:-2])
     ahead = np.where(rising, 1.0, np.where(falling, 0.0, np.where(energies[2:] > energies[:-2], high, low)))
     behind = np.where(falling, 1.0, np.where(rising, 0.0, np.where(energies[2:] > energies[:-2], low, high)))
+    flat = high < FLAT_EV  # no direction is uphill: the chord between the neighbours
+    ahead, behind = np.where(flat, 1.0, ahead), np.where(flat, 1.0, behind)
     tangent = ahead[:, None, None] * forward + behind[:, None, None] * backward
     return np.asarray(tangent / np.maximum(np.linalg.norm(tangent, axis=(1, 2), keepdims=True), 1e-12))
 
 
 def neb_forces(
-    positions: FloatArray, energies: FloatArray, forces: FloatArray, spring_ev_per_ang2: float, climbing_image: int | None
+    positions: FloatArray,
+    energies: FloatArray,
+    forces: FloatArray,
+    spring_ev_per_ang2: float,
+    climbing_image: int | None,
 ) -> FloatArray:
-    """NEB force on the interior images, ``(n_images - 2, n_atoms, 3)``, from potential forces ``(n_images, n_atoms, 3)``.
+    """NEB force on the interior images, ``(n_images - 2, n_atoms, 3)``, from potential forces of all images.
 
     Across a periodic boundary nothing needs wrapping: images are continuous along the band.
     """
@@ -117,7 +133,9 @@ def neb_forces(
     return np.asarray(total)
 
 
-def guard_reason(template: Structure, positions: FloatArray, energies: FloatArray, start: FloatArray, guards: Guards) -> str:
+def guard_reason(
+    template: Structure, positions: FloatArray, energies: FloatArray, start: FloatArray, guards: Guards
+) -> str:
     """Why these geometries are out of bounds, or "" if they are sound.
 
     Args:
@@ -128,17 +146,20 @@ def guard_reason(template: Structure, positions: FloatArray, energies: FloatArra
         return "energies or positions are not finite"
     relative = energies - min(energies[0], energies[-1])
     if relative.max() > guards.max_energy_ev:
-        return f"image {int(relative.argmax())} rose {relative.max():.1f} eV above the lower end state (limit {guards.max_energy_ev:g})"
+        image, rise = int(relative.argmax()), float(relative.max())
+        return f"image {image} rose {rise:.1f} eV above the lower end state (limit {guards.max_energy_ev:g})"
     if relative.min() < -guards.min_energy_ev:
-        return f"image {int(relative.argmin())} fell {-relative.min():.1f} eV below the lower end state (limit {guards.min_energy_ev:g})"
+        image, fall = int(relative.argmin()), -float(relative.min())
+        return f"image {image} fell {fall:.1f} eV below the lower end state (limit {guards.min_energy_ev:g})"
     moved = np.linalg.norm(positions - start, axis=2)
     if moved.max() > guards.max_displacement_ang:
-        image, atom = np.unravel_index(int(moved.argmax()), moved.shape)
+        image, atom = divmod(int(moved.argmax()), moved.shape[1])
         return f"atom {atom} of image {image} moved {moved.max():.2f} Å (limit {guards.max_displacement_ang:g})"
     for image, place in enumerate(positions):
         contact = closest_contact(template.moved(place))
         if contact is not None and contact[2] < guards.min_distance_fraction:
-            return f"atoms {contact[0]} and {contact[1]} of image {image} are at {contact[2]:.2f} of their covalent radii's sum"
+            i, j, ratio = contact
+            return f"atoms {i} and {j} of image {image} are at {ratio:.2f} of their covalent radii's sum"
     return ""
 
 
@@ -160,7 +181,7 @@ def closest_contact(structure: Structure) -> tuple[int, int, float] | None:
 
 def _boxed(atoms: Atoms) -> Atoms:
     """A copy with a roomy cell along open directions, which the neighbour list needs."""
-    box = atoms.copy()
+    box: Atoms = atoms.copy()
     if not box.pbc.all():
         lengths = box.cell.lengths()
         extent = float(np.ptp(box.positions, axis=0).max()) + 10.0
@@ -176,9 +197,9 @@ def relax_band(
     start: FloatArray,
     spec: NebSpec,
     guards: Guards | None = None,
-    on_step: Callable[[int, float], None] | None = None,
+    doubt: Callable[[FloatArray], str] | None = None,
 ) -> Relaxed:
-    """Relaxes the interior images, first without, then with a climbing image; stops at a guard with the last sound band.
+    """Relaxes the interior images, first without, then with a climbing image; a guard stops it at the last sound band.
 
     Args:
         potential: evaluates all images at once.
@@ -186,7 +207,8 @@ def relax_band(
         start: all images, end states included, ``(n_images, n_atoms, 3)`` in Å.
         spec: limits and springs.
         guards: bounds of what is sound.
-        on_step: hears the step and its largest force.
+        doubt: says why a band can no longer be trusted, or ""; asked every few steps. What it doubts is returned as it
+            is: sound, but at the edge of what the potential knows, which is where a label teaches most.
     """
     limits = guards or Guards()
     free = ~template.fixed[None]
@@ -200,12 +222,16 @@ def relax_band(
     for step in range(spec.max_steps + 1):
         force = np.where(free, neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing), 0.0)
         fmax = float(np.linalg.norm(force, axis=2).max())
-        if on_step is not None:
-            on_step(step, fmax)
         top = int(energies[1:-1].argmax()) + 1
-        if spec.climb and energies[top] > max(energies[0], energies[-1]) and fmax < spec.climb_below_ev_per_ang and climbing != top:
+        if (
+            spec.climb
+            and energies[top] > max(energies[0], energies[-1])
+            and fmax < spec.climb_below_ev_per_ang
+            and climbing != top
+        ):
             climbing = top
-            continue
+            force = np.where(free, neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing), 0.0)
+            fmax = float(np.linalg.norm(force, axis=2).max())
         if fmax < spec.fmax_ev_per_ang:
             status = "converged"
             break
@@ -220,6 +246,9 @@ def relax_band(
             positions, energies, forces = sound
             break
         sound = (positions.copy(), energies, forces)
+        if doubt is not None and step % DOUBT_EVERY == 0 and (reason := doubt(positions)):
+            status = "guarded"
+            break
     return Relaxed(
         positions=positions,
         energies_ev=energies,

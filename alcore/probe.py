@@ -28,8 +28,11 @@ from alcore.uncertainty import calibrated, relative_sigmas
 
 MAX_END_STATE_TRIES = 12
 """Relaxed end states that may be labelled for one hop before it is given up."""
-TRUSTED_ERROR_EV = 0.1
-"""A band whose label was predicted within this is worth starting from again."""
+DOUBT_EV, DOUBT_GROWTH = 0.2, 1.2
+"""A relaxation stops where the raw sigma of an image exceeds this, and exceeds the starting band's by this factor."""
+TRUSTED_ERROR_EV = 0.01
+"""A band whose label was predicted within this is worth starting from again; any other starts from the interpolation,
+or it might not move and its saddle, labelled already, would never be confirmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,12 @@ def probe_path(
         if (label_fmax(label) or 0.0) > spec.end_state_fmax_ev_per_ang
     ]
     if restless:
-        return _settle(pair, surrogate, spec, restless, end_state_tries, key_of, asked)
-    band, prediction = relaxed_band(pair, surrogate, spec, _start(pair, spec, previous))
+        return _settle(pair, surrogate, spec, restless, end_state_tries, lambda place: key_of(place) not in asked)
+    start = _start(pair, spec, previous)
+    band, prediction = relaxed_band(pair, surrogate, spec, start)
+    if previous is not None and previous.saddle_key in {key_of(band.structure(k)) for k in range(1, len(start) - 1)}:
+        # The band did not move, so its saddle could never be put to the test again: come to it another way.
+        band, prediction = relaxed_band(pair, surrogate, spec, interpolate(pair, spec.neb))
     candidates = select(band, prediction, spec.select, key_of=key_of, labelled=asked, guards=spec.guards)
     return Probe(candidates=tuple(candidates), band=band, barrier=estimate_barrier(band))
 
@@ -108,16 +115,21 @@ def _settle(
     spec: ProbeSpec,
     restless: list[tuple[str, int, Structure]],
     tries: int,
-    key_of: Callable[[Structure], str],
-    asked: Set[str],
+    unasked: Callable[[Structure], bool],
 ) -> Probe:
     """End states whose reference force is too large, relaxed on the surrogate, as candidates."""
     names = " and ".join(side for side, _, _ in restless)
     limit = spec.end_state_fmax_ev_per_ang
     if not pair.relax:
-        return Probe(candidates=(), hopeless=f"reference force on the {names} state above {limit:g} eV/Å and relax_endpoints is false")
+        return Probe(
+            candidates=(),
+            hopeless=f"reference force on the {names} state above {limit:g} eV/Å and relax_endpoints is false",
+        )
     if tries >= MAX_END_STATE_TRIES:
-        return Probe(candidates=(), hopeless=f"the {names} state still has a force above {limit:g} eV/Å after {tries} relaxations")
+        return Probe(
+            candidates=(),
+            hopeless=f"the {names} state still has a force above {limit:g} eV/Å after {tries} relaxations",
+        )
     candidates = []
     for side, image, structure in restless:
         relaxed = relax_end_state(surrogate, structure, 0.3 * limit, guards=spec.guards)
@@ -125,9 +137,11 @@ def _settle(
         other = pair.final if side == "initial" else pair.initial
         if np.abs(place.positions - other.positions).max() < 0.1:
             return Probe(candidates=(), hopeless=f"the {side} state relaxes into the other one: it is no minimum")
-        if key_of(place) not in asked:
+        if unasked(place):
             prediction = surrogate.predict(structure, np.stack([structure.positions, place.positions]))
-            candidates.append(Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=prediction.forces[1]))
+            candidates.append(
+                Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=prediction.forces[1])
+            )
     if not candidates:
         return Probe(candidates=(), hopeless=f"the {names} state cannot be relaxed further on the surrogate")
     return Probe(candidates=tuple(candidates))
@@ -144,9 +158,27 @@ def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> 
     return interpolate(pair, spec.neb)
 
 
-def relaxed_band(pair: EndpointPair, surrogate: Surrogate, spec: ProbeSpec, start: FloatArray) -> tuple[Band, CommitteePrediction]:
+def _doubt(pair: EndpointPair, surrogate: Surrogate, start: FloatArray) -> Callable[[FloatArray], str]:
+    """Stops a relaxation that leaves what the labels know: raw sigma above a floor and above what it began with."""
+
+    def largest(positions: FloatArray) -> tuple[int, float]:
+        sigma = np.hypot(*relative_sigmas(surrogate.predict(pair.initial, positions)))
+        return int(sigma.argmax()), float(sigma.max())
+
+    limit = max(DOUBT_EV, DOUBT_GROWTH * largest(start)[1])
+
+    def doubt(positions: FloatArray) -> str:
+        image, sigma = largest(positions)
+        return f"image {image} left what the labels know: ± {sigma:.2f} eV" if sigma > limit else ""
+
+    return doubt
+
+
+def relaxed_band(
+    pair: EndpointPair, surrogate: Surrogate, spec: ProbeSpec, start: FloatArray
+) -> tuple[Band, CommitteePrediction]:
     """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state."""
-    relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards)
+    relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards, _doubt(pair, surrogate, start))
     prediction = surrogate.predict(pair.initial, relaxed.positions)
     committee, posterior = relative_sigmas(prediction)
     sigma = calibrated(committee, posterior, spec.calibration)

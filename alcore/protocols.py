@@ -66,11 +66,13 @@ class Trainer(Protocol[SurrogateT]):
     def finish(
         self, surrogate: SurrogateT, members: Mapping[str, Any], dataset: Dataset, residuals: Sequence[Residual]
     ) -> SurrogateT:
-        """The surrogate with these new members (all, or none) and its correction fitted to ``dataset``; ``residuals`` say
-        which surface predicted better so far, and that one leads."""
+        """The surrogate with these new members (all, or none) and its correction fitted to ``dataset``; ``residuals``
+        say which surface predicted better so far, and that one leads."""
         ...
 
-    def restore(self, start: SurrogateT, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]) -> SurrogateT:
+    def restore(
+        self, start: SurrogateT, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]
+    ) -> SurrogateT:
         """The surrogate as it stood after ``record``."""
         ...
 

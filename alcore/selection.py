@@ -32,8 +32,8 @@ def select(
     """The saddle if the band is converged and has one, then the most uncertain images, greedily.
 
     Each pick conditions the posterior of the others on itself, so a batch spreads over the band (greedy variance
-    reduction, Krause et al., JMLR 9, 235 (2008)). A band that did not converge has no saddle worth a label: there the most
-    uncertain image comes first, since labelling the highest one stalls the loop.
+    reduction, Krause et al., JMLR 9, 235 (2008)). A band that did not converge has no saddle worth a label: there the
+    most uncertain image comes first, since labelling the highest one stalls the loop.
 
     Args:
         band: the probed band.
@@ -89,5 +89,3 @@ def candidate(band: Band, prediction: CommitteePrediction, image: int, kind: Lab
 def _sound(structure: Structure, guards: Guards) -> bool:
     contact = closest_contact(structure)
     return contact is None or contact[2] >= guards.min_distance_fraction
-
-

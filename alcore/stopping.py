@@ -20,15 +20,13 @@ class StopSpec:
     max_labels: int = 60
 
 
-
-
-
 def decide(record: PathRecord, spec: StopSpec) -> Decision:
     """Whether one hop is settled by this generation's labels.
 
     Converged needs all of: the band converged on the surrogate; its saddle image labelled, and the label within the
-    tolerance of what was predicted before; the reference force on that saddle and on both end states below its limit; the
-    saddle above both ends by more than its uncertainty; the calibrated uncertainty of the barrier below the tolerance.
+    tolerance of what was predicted before; the reference force on that saddle and on both end states below its limit;
+    the saddle above both ends by more than its uncertainty; the calibrated uncertainty of the barrier below the
+    tolerance.
     """
     missing = unmet(record, spec)
     if not missing:
@@ -43,7 +41,9 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
     missing = []
     for name, fmax in (("initial", record.initial_fmax_ev_per_ang), ("final", record.final_fmax_ev_per_ang)):
         if fmax is None or fmax > force:
-            missing.append(f"the {name} state has no label" if fmax is None else f"force on the {name} state {fmax:.3f} eV/Å")
+            missing.append(
+                f"the {name} state has no label" if fmax is None else f"force on the {name} state {fmax:.3f} eV/Å"
+            )
     if record.band is None or record.barrier is None:
         return [*missing, "no band yet"]
     if not record.band.converged:
@@ -57,7 +57,11 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
         if saddle.fmax_ev_per_ang > force:
             missing.append(f"force on the saddle {saddle.fmax_ev_per_ang:.3f} eV/Å")
     if record.barrier_std_ev is None or record.barrier_std_ev > tolerance:
-        missing.append("barrier uncertainty unknown" if record.barrier_std_ev is None else f"barrier uncertainty {1e3 * record.barrier_std_ev:.0f} meV")
+        missing.append(
+            "barrier uncertainty unknown"
+            if record.barrier_std_ev is None
+            else f"barrier uncertainty {1e3 * record.barrier_std_ev:.0f} meV"
+        )
     margin = record.barrier_std_ev or 0.0
     if min(record.barrier.forward_ev, record.barrier.reverse_ev) <= margin:
         missing.append("no saddle above both end states")
@@ -65,7 +69,11 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
 
 
 def _confirmed(record: PathRecord) -> str:
-    assert record.verified_barrier_ev is not None and record.saddle_fmax_ev_per_ang is not None and record.barrier_std_ev is not None
+    assert (
+        record.verified_barrier_ev is not None
+        and record.saddle_fmax_ev_per_ang is not None
+        and record.barrier_std_ev is not None
+    )
     return (
         f"the reference confirms {record.verified_barrier_ev:.3f} ± {record.barrier_std_ev:.3f} eV "
         f"(force on the saddle {record.saddle_fmax_ev_per_ang:.3f} eV/Å)"
@@ -73,23 +81,35 @@ def _confirmed(record: PathRecord) -> str:
 
 
 def _barrierless(record: PathRecord, spec: StopSpec) -> Decision | None:
-    """Barrierless only if the whole band is known to the tolerance and no image rises above both ends by more than that."""
+    """Barrierless only if the whole band is known to the tolerance and no image rises above both ends beyond that."""
     band, barrier = record.band, record.barrier
-    if band is None or barrier is None or not band.converged or record.initial_fmax_ev_per_ang is None or record.final_fmax_ev_per_ang is None:
+    if (
+        band is None
+        or barrier is None
+        or not band.converged
+        or record.initial_fmax_ev_per_ang is None
+        or record.final_fmax_ev_per_ang is None
+    ):
         return None
     settled = max(record.initial_fmax_ev_per_ang, record.final_fmax_ev_per_ang) <= spec.saddle_fmax_ev_per_ang
     known = float(np.max(band.sigma_ev)) < spec.barrier_tolerance_ev
     if settled and known and min(barrier.forward_ev, barrier.reverse_ev) <= float(band.sigma_ev[barrier.saddle_image]):
-        return Decision(stop=True, code="barrierless", reason="no image lies above both end states by more than its uncertainty")
+        return Decision(
+            stop=True, code="barrierless", reason="no image lies above both end states by more than its uncertainty"
+        )
     return None
 
 
 def budget(n_calls: int, generation: int, spec: StopSpec) -> Decision | None:
     """The other end: labels or generations spent."""
     if n_calls >= spec.max_labels:
-        return Decision(stop=True, code="label_budget", reason=f"{n_calls} reference calls spent (limit {spec.max_labels})")
+        return Decision(
+            stop=True, code="label_budget", reason=f"{n_calls} reference calls spent (limit {spec.max_labels})"
+        )
     if generation >= spec.max_generations:
-        return Decision(stop=True, code="generation_budget", reason=f"{generation} generations done (limit {spec.max_generations})")
+        return Decision(
+            stop=True, code="generation_budget", reason=f"{generation} generations done (limit {spec.max_generations})"
+        )
     return None
 
 
@@ -101,4 +121,8 @@ def overall(paths: Sequence[PathRecord], spent: Decision | None) -> Decision:
         return Decision(stop=True, code=code, reason="; ".join(f"{p.path}: {p.decision.reason}" for p in paths))
     if spent is not None:
         return spent
-    return Decision(stop=False, code="continue", reason="; ".join(f"{p.path}: {p.decision.reason}" for p in paths if not p.decision.stop))
+    return Decision(
+        stop=False,
+        code="continue",
+        reason="; ".join(f"{p.path}: {p.decision.reason}" for p in paths if not p.decision.stop),
+    )

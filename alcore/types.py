@@ -54,7 +54,13 @@ class Structure:
     magnetic_moments: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in (("numbers", np.int64), ("positions", np.float64), ("cell", np.float64), ("pbc", np.bool_), ("fixed", np.bool_)):
+        for name, dtype in (
+            ("numbers", np.int64),
+            ("positions", np.float64),
+            ("cell", np.float64),
+            ("pbc", np.bool_),
+            ("fixed", np.bool_),
+        ):
             object.__setattr__(self, name, frozen_array(getattr(self, name), dtype))
         if self.magnetic_moments is not None:
             object.__setattr__(self, "magnetic_moments", frozen_array(self.magnetic_moments))
@@ -421,7 +427,8 @@ class PathRecord:
         error_to_verified_ev: ``barrier.forward_ev`` minus ``verified_barrier_ev``, or None.
         error_to_reference_ev: ``verified_barrier_ev`` (``barrier.forward_ev`` before there is one) minus the known
             barrier of the run file, or None.
-        barrier_std_ev: calibrated uncertainty of the barrier once this generation's labels are known, or None.
+        barrier_std_ev: calibrated uncertainty of the barrier: given this generation's labels where they confirm the
+            prediction, otherwise as predicted, and at least as large as the miss; None without a band.
         decision: go on, or stop and why.
     """
 
@@ -460,7 +467,7 @@ class GenerationRecord:
         calls_by_kind: ``n_reference_calls`` by ``LabelKind``, plus ``failed``.
         calibration: as it stands after this generation.
         surrogate: what the surrogate is, for a person and for going on: ``strategy``, ``why``, ``members`` (sha256 of
-            each member's weights), ``prior`` (sha256), ``train`` (epochs, errors), ``correction`` (precision, noise, …).
+            each member's weights), ``prior`` (sha256), ``train`` (epochs, errors), ``correction`` (precision, …).
         seconds: wall time by step (``probe``, ``label``, ``train``).
         decision: of the run.
     """

@@ -1,8 +1,8 @@
 """From raw spreads to an honest sigma.
 
-Two raw sigmas are kept apart: the committee's spread and the correction's posterior. They are combined in quadrature with
-the label noise and multiplied by one factor, learned from the loop's own residuals: each label is predicted before it
-is trained on, so |error| / sigma is a fair test. The factor is the posterior mean scale of a Gaussian error model with
+Two raw sigmas are kept apart: the committee's spread and the correction's posterior. They are combined in quadrature
+and multiplied by one factor, learned from the loop's own residuals: each label is predicted before it is trained on,
+so |error| / sigma is a fair test. The label noise is added after that. The factor is the posterior mean scale of a Gaussian error model with
 an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6), so one lucky label does not make it small.
 """
 
@@ -22,7 +22,7 @@ PRIOR_WEIGHT = 3.0
 
 
 def relative_sigmas(prediction: CommitteePrediction, anchor: int = 0) -> tuple[FloatArray, FloatArray]:
-    """Committee and posterior sigma (uncalibrated, eV) of each image's energy relative to image ``anchor``, ``(n_images,)``."""
+    """Committee and posterior sigma (uncalibrated, eV) of each energy relative to image ``anchor``, ``(n_images,)``."""
     covariance = prediction.covariance_ev2
     variance = np.diag(covariance) + covariance[anchor, anchor] - 2 * covariance[anchor]
     posterior = np.sqrt(np.maximum(variance, 0.0))
@@ -38,15 +38,24 @@ def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float)
 
 
 def calibrate(residuals: Sequence[Residual]) -> Calibration:
-    """The factor that makes ``residuals`` look Gaussian; the more there are, the more they count against the default."""
+    """The factor that makes ``residuals`` look Gaussian; the more there are, the less the default counts."""
     scores = np.array([r.error_ev / float(combined(r.sigma_committee_ev, r.sigma_posterior_ev)) for r in residuals])
     factor = float(np.sqrt((PRIOR_WEIGHT * PRIOR_FACTOR**2 + (scores**2).sum()) / (PRIOR_WEIGHT + len(scores))))
     if not len(scores):
-        return Calibration(factor=factor, n_residuals=0, source=f"default {PRIOR_FACTOR:g}, no residuals of its own yet")
+        return Calibration(
+            factor=factor, n_residuals=0, source=f"default {PRIOR_FACTOR:g}, no residuals of its own yet"
+        )
     rms = float(np.sqrt((scores**2).mean()))
-    return Calibration(factor=factor, n_residuals=len(scores), source=f"{len(scores)} own residuals (rms z {rms:.1f}) on a default of {PRIOR_FACTOR:g}")
+    return Calibration(
+        factor=factor,
+        n_residuals=len(scores),
+        source=f"{len(scores)} own residuals (rms z {rms:.1f}) on a default of {PRIOR_FACTOR:g}",
+    )
 
 
-def calibrated(committee_ev: FloatArray | float, posterior_ev: FloatArray | float, calibration: Calibration) -> FloatArray:
-    """Calibrated sigma in eV; zero only where nothing can be wrong is not claimed: the label noise stays."""
-    return np.asarray(calibration.factor * combined(committee_ev, posterior_ev))
+def calibrated(
+    committee_ev: FloatArray | float, posterior_ev: FloatArray | float, calibration: Calibration
+) -> FloatArray:
+    """Calibrated sigma in eV. The factor corrects the model's own sigmas; the label noise is what it is, and stays."""
+    spread = np.hypot(committee_ev, posterior_ev)
+    return np.asarray(np.hypot(calibration.factor * spread, ENERGY_NOISE_EV))

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from alcore.errors import InputError
-from alcore.types import EndpointPair
+from alcore.protocols import RecordStore
+from alcore.types import EndpointPair, Label
 from flows import wiring
-from flows.session import open_record_store
+from flows.session import earlier_run, open_record_store
 from flows.settings import RunSettings
+
+if TYPE_CHECKING:
+    from calculators.base import ResolvedCalculator
 
 T = TypeVar("T")
 
@@ -35,43 +40,61 @@ class CheckReport:
         try:
             return question()
         except InputError as error:
-            self.problems.append(str(error))
+            self.problems.append(" ".join(str(error).split()))
             return None
 
 
 def check_run(settings: RunSettings) -> CheckReport:
     """End states, calculator, data, model and store; computes nothing."""
     report = CheckReport()
-    pairs = [pair for k, path in enumerate(settings.paths) if (pair := report.ask(lambda k=k, path=path: wiring.read_pair(path, f"paths.{k}")))]  # type: ignore[misc]
-    resolved = report.ask(lambda: wiring.resolve_calculator(settings, pairs))
-    given = report.ask(lambda: wiring.read_data(settings, resolved)) if resolved else []
-    numbers = sorted({int(z) for pair in pairs for z in pair.initial.numbers})
+    asked = [report.ask(partial(wiring.read_pair, path, f"paths.{k}")) for k, path in enumerate(settings.paths)]
+    pairs = [pair for pair in asked if pair is not None]
+    resolved = report.ask(lambda: wiring.resolve_calculator(settings, []))
+    given: list[Label] = []
+    if resolved is not None:
+        for pair in pairs:
+            report.ask(partial(resolved.check_structure, pair.initial, f"path {pair.name}"))
+        for k in range(len(settings.data)):
+            given += report.ask(partial(wiring.read_data_file, settings, resolved, k)) or []
+    numbers = wiring.elements(pairs, given)
     prior = report.ask(lambda: wiring.make_prior(settings.model, numbers, settings.seed)) if numbers else None
-    before = report.ask(lambda: _earlier_run(settings))
+    store = report.ask(lambda: open_record_store(settings.store))
+    if store is not None:
+        with closing(store):
+            if resolved is not None and len(pairs) == len(settings.paths):
+                history = report.ask(lambda: _history(settings, store, pairs, resolved))
     if report.problems:
         return report
-    report.lines += [_pair_line(pair) for pair in pairs]
     assert resolved is not None and prior is not None
-    executor, stop = settings.executor, settings.stop
-    report.lines += [
-        f"reference   {settings.calculator.name} (fingerprint {resolved.fingerprint[:12]}), {executor.workers} at a time, {executor.timeout_s:g} s each at most",
-        f"prior       {prior.name}",
-        f"model       committee of {settings.model.committee}, strategy {settings.model.strategy}, correction {settings.model.correction}, on {wiring.pick_device(settings.model.device)}",
-        f"data        {len(given or [])} labels brought along",
-        f"band        {settings.neb.n_images} images between the end states, {settings.neb.interpolation}",
-        f"stops       when the reference confirms every barrier to {1e3 * stop.barrier_tolerance_ev:g} meV, or after "
-        f"{stop.max_labels} labels or {stop.max_generations} generations",
-        f"run         {settings.name}: {before}",
-    ]
+    report.lines += [_pair_line(pair) for pair in pairs]
+    report.lines += _plan(settings, resolved, prior, len(given))
+    report.lines.append(f"run         {settings.name}: {history}")
     return report
 
 
-def _earlier_run(settings: RunSettings) -> str:
-    with closing(open_record_store(settings.store)) as store:
-        run = store.load_run(settings.name)
-        if run is None:
-            return "new"
-        return f"exists ({run.status}), goes on after generation {len(store.load_generations(settings.name)) - 1}"
+def _plan(settings: RunSettings, resolved: ResolvedCalculator, prior: wiring.Prior, n_given: int) -> list[str]:
+    executor, stop, model = settings.executor, settings.stop, settings.model
+    limits = f"{executor.workers} at a time, {executor.timeout_s:g} s each at most"
+    learns = f"strategy {model.strategy}, correction {model.correction}, on {wiring.pick_device(model.device)}"
+    confirms = f"the reference confirms every barrier to {1e3 * stop.barrier_tolerance_ev:g} meV"
+    return [
+        f"reference   {settings.calculator.name} (fingerprint {resolved.fingerprint[:12]}), {limits}",
+        f"prior       {prior.name}",
+        f"model       committee of {model.committee}, {learns}",
+        f"data        {n_given} labels brought along",
+        f"band        {settings.neb.n_images} images between the end states, {settings.neb.interpolation}",
+        f"stops       when {confirms}, or after {stop.max_labels} labels or {stop.max_generations} generations",
+    ]
+
+
+def _history(settings: RunSettings, store: RecordStore, pairs: list[EndpointPair], resolved: ResolvedCalculator) -> str:
+    run = earlier_run(settings, store, pairs, resolved)
+    if run is None:
+        return "new"
+    done = len(store.load_generations(settings.name))
+    return (
+        f"exists ({run.status}), goes on after generation {done - 1}" if done else f"exists ({run.status}), begins anew"
+    )
 
 
 def _pair_line(pair: EndpointPair) -> str:
@@ -79,7 +102,8 @@ def _pair_line(pair: EndpointPair) -> str:
     most = int(moved.argmax())
     symbol = pair.initial.to_atoms().symbols
     free = int((~pair.initial.fixed.all(axis=1)).sum())
+    images = f", {len(pair.images)} images given" if pair.images else ""
     return (
-        f"path        {pair.name}: {symbol.get_chemical_formula()}, {len(pair.initial)} atoms ({free} free); "
+        f"path        {pair.name}: {symbol.get_chemical_formula()}, {len(pair.initial)} atoms ({free} free){images}; "
         f"{symbol[most]} {most} moves {moved[most]:.2f} Å, all together {float(np.linalg.norm(moved)):.2f} Å"
     )

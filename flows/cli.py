@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,9 +154,11 @@ def run(
 
         code = run_foreground(settings, use_prefect=not no_server, dry_run=dry_run, console=ctx.obj.console)
     except KeyboardInterrupt:
+        from storage.uris import redact_tree
+
         options = [*(["--name", name] if name else []), *(f"--set={override}" for override in overrides or ())]
         options += ["--no-server"] * no_server + ["--dry-run"] * dry_run
-        again = shlex.join(["al-loop", "run", str(run_file), *options])
+        again = shlex.join(["al-loop", "run", str(run_file), *redact_tree(options)])
         print(f"stopped; nothing that was labelled is lost, go on with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     raise typer.Exit(code)
@@ -347,6 +350,10 @@ def _store(mongodb_uri: str | None) -> Iterator[RecordStore]:
 
 def main() -> None:
     """Entry point of the console script."""
+    if not sys.warnoptions:  # our own warnings, a line each; libraries warn their programmers
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=rf"({'|'.join(PACKAGES)})\.")
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     app()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def data_dir() -> Path:
 def mongodb_uri_from_env() -> str | None:
     """The MongoDB the user named in ``AL_LOOP_MONGODB_URI``, or None."""
     return os.environ.get(MONGODB_VARIABLE) or None
+
+
+@contextmanager
+def mongodb_uri(uri: str | None) -> Iterator[None]:
+    """Inside, ``uri`` is the MongoDB of this process; None changes nothing."""
+    before = os.environ.get(MONGODB_VARIABLE)
+    if uri:
+        os.environ[MONGODB_VARIABLE] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(MONGODB_VARIABLE, None)
+        else:
+            os.environ[MONGODB_VARIABLE] = before
 
 
 def prefect_api_url_from_env() -> str | None:

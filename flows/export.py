@@ -11,8 +11,9 @@ from ase import Atoms
 from ase.io import write
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from alcore.identity import POSITION_DECIMALS
 from alcore.protocols import RecordStore
-from alcore.types import GenerationRecord, Label, RunRecord
+from alcore.types import GenerationRecord, Label, RunRecord, Structure
 from flows.report.frames import labelled_frames
 from flows.runfile import dump_values
 from flows.status import load_run, run_labels
@@ -54,7 +55,7 @@ def dataset_frames(generations: Sequence[GenerationRecord], labels: Mapping[str,
         label = frame.label
         if not label.ok or label.forces is None or label.key in frames:
             continue
-        atoms, kind = label.structure.to_atoms(), kinds.get(label.key, frame.kind)
+        atoms, kind = _atoms(label.structure), kinds.get(label.key, frame.kind)
         atoms.info |= {
             "REF_energy": label.energy_ev,
             "config_type": f"{frame.path}-{kind}" if frame.path else kind,
@@ -68,6 +69,14 @@ def dataset_frames(generations: Sequence[GenerationRecord], labels: Mapping[str,
             atoms.info["REF_stress"] = voigt_6_to_full_3x3_stress(label.stress)
         frames[label.key] = atoms
     return list(frames.values())
+
+
+def _atoms(structure: Structure) -> Atoms:
+    """Rounded as content keys round, so that the eight decimals of the file have the same key when they are read."""
+    atoms = structure.moved(structure.positions.round(POSITION_DECIMALS)).to_atoms()
+    if structure.magnetic_moments is not None:
+        atoms.set_initial_magnetic_moments(structure.magnetic_moments.round(POSITION_DECIMALS))
+    return atoms
 
 
 def save_models(store: RecordStore, run: RunRecord, last: GenerationRecord, folder: Path) -> list[Path]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from alcore.errors import AlLoopError, InputError
-from alcore.identity import json_sha256
+from alcore.errors import AlLoopError, InputError, StoreError
+from alcore.identity import geometry_bytes, json_sha256
 from alcore.loop import LoopState, PlainRunner, Workshop, begin, run_loop
 from alcore.protocols import RecordStore, StepRunner
-from alcore.types import GenerationRecord, Label, RunRecord, StopCode
+from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
-from flows.settings import RunSettings, StoreSettings
+from flows.settings import CalculatorSettings, RunSettings, StoreSettings
 
 if TYPE_CHECKING:
+    from prefect.states import State
     from rich.console import Console
+
+    from calculators.base import ResolvedCalculator
+    from calculators.labeling import LocalLabeler
 
 PACKAGES = ("al-loop", "torch", "mace-torch", "ase", "numpy", "scipy", "prefect", "mongoengine")
 
@@ -37,6 +44,16 @@ STATUS: Mapping[StopCode, RunStatus] = {
 EXIT: Mapping[RunStatus, int] = {"converged": 0, "budget_spent": 3}
 
 OnGeneration = Callable[[RunRecord, Sequence[GenerationRecord], Mapping[str, Label]], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """What a run file names, read and checked."""
+
+    pairs: list[EndpointPair]
+    resolved: ResolvedCalculator
+    given: list[Label]
+    prior: wiring.Prior
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +77,19 @@ def open_record_store(settings: StoreSettings | None) -> RecordStore:
     return open_store(given or environment.mongodb_uri_from_env(), environment.data_dir())
 
 
+def read_parts(settings: RunSettings) -> Parts:
+    """Everything but the store; computes nothing.
+
+    Raises:
+        InputError: the first thing that cannot work.
+    """
+    pairs = wiring.read_pairs(settings)
+    resolved = wiring.resolve_calculator(settings, pairs)
+    given = wiring.read_data(settings, resolved)
+    prior = wiring.make_prior(settings.model, wiring.elements(pairs, given), settings.seed)
+    return Parts(pairs=pairs, resolved=resolved, given=given, prior=prior)
+
+
 def run_session(
     settings: RunSettings,
     *,
@@ -78,14 +108,11 @@ def run_session(
     Raises:
         InputError: something in the settings cannot work, found before anything is computed.
     """
-    pairs = wiring.read_pairs(settings)
-    resolved = wiring.resolve_calculator(settings, pairs)
-    given = wiring.read_data(settings, resolved)
-    numbers = sorted({int(z) for pair in pairs for z in pair.initial.numbers} | {int(z) for label in given for z in label.structure.numbers})
-    prior = wiring.make_prior(settings.model, numbers, settings.seed)
+    parts = read_parts(settings)
     with closing(open_record_store(settings.store)) as store:
-        run = _open_run(settings, store, log)
-        with closing(wiring.make_labeler(settings, resolved, environment.data_dir())) as labeler:
+        before = earlier_run(settings, store, parts.pairs, parts.resolved)
+        with closing(wiring.make_labeler(settings, parts.resolved, environment.data_dir())) as labeler:
+            run = _open_run(settings, store, before, log)
             generations = store.load_generations(run.name)
 
             def heard(record: GenerationRecord, labels: Mapping[str, Label]) -> None:
@@ -93,21 +120,43 @@ def run_session(
                 log(generation_line(record))
                 on_generation(run, generations, labels)
 
-            shop = Workshop(
-                labeler=labeler,
-                trainer=wiring.make_trainer(settings, prior, store),
-                store=store,
-                runner=runner,
-                on_generation=heard,
-                log=log,
-            )
-            spec = wiring.loop_spec(settings)
             try:
-                state = run_loop(begin(pairs, spec, shop, given), spec, shop)
+                shop = Workshop(
+                    labeler=labeler,
+                    trainer=wiring.make_trainer(settings, parts.prior, store),
+                    store=store,
+                    runner=runner,
+                    on_generation=heard,
+                    log=log,
+                )
+                spec = wiring.loop_spec(settings)
+                with _ctrl_c_ends(labeler):
+                    state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
             except BaseException as error:
-                _close_run(run, store, "failed" if isinstance(error, Exception) else "cancelled", _reason(error))
+                with suppress(StoreError):  # if the store is what failed, that is what should be heard of
+                    _close_run(run, store, "failed" if isinstance(error, Exception) else "cancelled", _reason(error))
                 raise
         return _finished(run, state, store, on_generation)
+
+
+@contextmanager
+def _ctrl_c_ends(labeler: LocalLabeler) -> Iterator[None]:
+    """Threads that wait for a label do not hear of Ctrl-C, and whoever runs them waits for them: so what they wait for is
+    ended, too. From another thread, because the handler may interrupt one that holds the labeler's locks."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=labeler.close).start()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _finished(run: RunRecord, state: LoopState, store: RecordStore, on_generation: OnGeneration) -> RunOutcome:
@@ -117,12 +166,46 @@ def _finished(run: RunRecord, state: LoopState, store: RecordStore, on_generatio
     return outcome
 
 
-def _open_run(settings: RunSettings, store: RecordStore, log: Callable[[str], None]) -> RunRecord:
-    """A new run, or the one of that name if it asked the same question.
+def earlier_run(
+    settings: RunSettings, store: RecordStore, pairs: Sequence[EndpointPair], resolved: ResolvedCalculator
+) -> RunRecord | None:
+    """The run of that name, if there is one and it asked the same question.
 
     Raises:
-        InputError: a run of that name was made with other physics.
+        InputError: it was made with other physics: other settings, end states or reference calculator.
     """
+    before = store.load_run(settings.name)
+    if before is None:
+        return None
+    then, now = _question(before.settings), _question(_without_password(settings))
+    changed = [key for key in now if then.get(key) != now[key]]
+    generations = store.load_generations(settings.name)
+    if generations:
+        asked = [(p.path, geometry_bytes(p.initial), geometry_bytes(p.final)) for p in generations[0].paths]
+        if asked != [(pair.name, geometry_bytes(pair.initial), geometry_bytes(pair.final)) for pair in pairs]:
+            changed.append("the end states' files")
+        labels = store.load_labels(generations[-1].label_keys[:1]).values()
+        if any(label.fingerprint != resolved.fingerprint for label in labels) and "calculator" not in changed:
+            changed.append("the calculator's version or files")
+    if changed:
+        raise InputError(
+            f"the run '{settings.name}' exists with other settings in: {', '.join(dict.fromkeys(changed))}",
+            where="name",
+            mend="choose another name (--name), or undo the change",
+        )
+    return before
+
+
+def _question(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that must not differ. Of end states the content counts, not where their files lie."""
+    paths = [{**path, "initial": None, "final": None} for path in values.get("paths", [])]
+    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"paths": paths}
+
+
+def _open_run(
+    settings: RunSettings, store: RecordStore, before: RunRecord | None, log: Callable[[str], None]
+) -> RunRecord:
+    """The record of a run that begins or, if there was one ``before``, goes on."""
     values = _without_password(settings)
     run = RunRecord(
         name=settings.name,
@@ -131,15 +214,7 @@ def _open_run(settings: RunSettings, store: RecordStore, log: Callable[[str], No
         versions=_versions(),
         started=environment.now_iso(),
     )
-    before = store.load_run(settings.name)
     if before is not None:
-        changed = [key for key in values if key not in MAY_CHANGE and before.settings.get(key) != values[key]]
-        if changed:
-            raise InputError(
-                f"the run '{settings.name}' exists with other settings in: {', '.join(changed)}",
-                where="name",
-                mend="choose another name (--name), or undo the change",
-            )
         log(f"run '{settings.name}' exists since {before.started}: going on where it stopped")
         run = replace(run, started=before.started)
     store.save_run(run)
@@ -153,7 +228,9 @@ def _close_run(run: RunRecord, store: RecordStore, status: RunStatus, reason: st
 
 
 def _reason(error: BaseException) -> str:
-    return "stopped by the user" if isinstance(error, KeyboardInterrupt) else f"{error or type(error).__name__}".splitlines()[0]
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by the user"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _without_password(settings: RunSettings) -> dict[str, Any]:
@@ -193,12 +270,12 @@ def run_foreground(settings: RunSettings, *, use_prefect: bool, dry_run: bool, c
 
     if dry_run:
         settings = rehearsal(settings)
-    wiring.resolve_calculator(settings, wiring.read_pairs(settings))  # bad input is told before a server is started
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if use_prefect:
+        refuse_bad_input(settings)  # before a server is started
         outcome = _through_prefect(settings, say)
     else:
         outcome = run_session(settings, runner=PlainRunner({"label": settings.executor.workers}), log=say)
@@ -208,14 +285,25 @@ def run_foreground(settings: RunSettings, *, use_prefect: bool, dry_run: bool, c
     return EXIT.get(outcome.run.status, 1)
 
 
+def refuse_bad_input(settings: RunSettings) -> None:
+    """Raises:
+    InputError: something that would end the run before its first generation.
+    """
+    parts = read_parts(settings)
+    with closing(open_record_store(settings.store)) as store:
+        earlier_run(settings, store, parts.pairs, parts.resolved)
+
+
 def _through_prefect(settings: RunSettings, say: Callable[[str], None]) -> RunOutcome:
     """The flow itself in this process, reporting to the server of ``al-loop up`` (started if need be)."""
     from flows.al_loop import al_loop
     from flows.services import connected
     from flows.status import run_labels
 
-    with connected(say):
-        state = al_loop(settings=settings, return_state=True)
+    # Prefect stores a run's parameters and shows them, and an address may hold a password: it goes another way.
+    shown = settings.model_copy(update={"store": StoreSettings()})
+    with connected(say), environment.mongodb_uri(settings.store.mongodb_uri):
+        state = cast("State[Any]", al_loop(settings=shown, return_state=True))
         if not state.is_completed():
             state.result(raise_on_failure=True)
             raise AlLoopError(state.message or "the flow did not complete")
@@ -236,18 +324,14 @@ def rehearsal(settings: RunSettings) -> RunSettings:
 
     pairs = wiring.read_pairs(settings)
     for name in ("emt", "chgnet", "tblite"):
-        entry = get_calculator(name)
-        teacher = settings.model_copy(
-            update={
-                "name": f"{settings.name}-dry-run",
-                "calculator": settings.calculator.model_copy(update={"name": name, "settings": {}, "factory": None, "path": None, "packages": []}),
-            }
-        )
-        if entry.unavailable(None):
+        if get_calculator(name).unavailable(None):
             continue
+        change = {"name": f"{settings.name}-dry-run", "calculator": CalculatorSettings(name=name), "data": []}
+        teacher = settings.model_copy(update=change)  # without data: they are not the teacher's
         try:
             wiring.resolve_calculator(teacher, pairs)
         except InputError:
             continue
         return teacher
-    raise InputError("no teacher for a dry run knows all elements here", where="--dry-run", mend="pip install 'al-loop[teachers]'")
+    mend = "pip install 'al-loop[teachers]'"
+    raise InputError("no teacher for a dry run knows all elements here", where="--dry-run", mend=mend)

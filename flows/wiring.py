@@ -17,6 +17,8 @@ from alcore.types import EndpointPair, Label
 from flows.settings import ModelSettings, PathSettings, RunSettings
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from alcore.mace.trainer import MaceTrainer
     from alcore.protocols import RecordStore
     from calculators.base import ResolvedCalculator
@@ -39,27 +41,34 @@ def read_pair(path: PathSettings, where: str) -> EndpointPair:
         InputError: a file that cannot be read.
         EndpointError: end states that do not belong together.
     """
+    inner: list[Atoms] = []
     if path.band is not None:
+        files = Path(path.band).name
         first, *inner, last = read_band(Path(path.band), f"{where}.band")
     else:
         assert path.initial is not None and path.final is not None
+        files = f"{Path(path.initial).name} and {Path(path.final).name}"
         first, last = read_atoms(Path(path.initial), f"{where}.initial"), read_atoms(Path(path.final), f"{where}.final")
-        inner = []
     moments = path.magnetic_moments
     if moments is not None and len(moments) != len(first):
         raise EndpointError(
-            f"{len(moments)} magnetic moments for {len(first)} atoms", where=f"{where}.magnetic_moments", mend="give one an atom"
+            f"{len(moments)} magnetic moments for {len(first)} atoms",
+            where=f"{where}.magnetic_moments",
+            mend="give one an atom",
         )
-    return make_pair(
-        path.name,
-        first,
-        last,
-        inner=inner,
-        charge=path.charge,
-        magnetic_moments=moments,
-        relax=path.relax_endpoints,
-        reference_barrier_ev=path.reference_barrier_ev,
-    )
+    try:
+        return make_pair(
+            path.name,
+            first,
+            last,
+            inner=inner,
+            charge=path.charge,
+            magnetic_moments=moments,
+            relax=path.relax_endpoints,
+            reference_barrier_ev=path.reference_barrier_ev,
+        )
+    except EndpointError as error:
+        raise EndpointError(error.message, where=f"{where} ({error.where}: {files})", mend=error.mend) from error
 
 
 def read_pairs(settings: RunSettings) -> list[EndpointPair]:
@@ -106,6 +115,12 @@ def make_labeler(settings: RunSettings, resolved: ResolvedCalculator, data_dir: 
     )
 
 
+def elements(pairs: Sequence[EndpointPair], given: Sequence[Label]) -> list[int]:
+    """Atomic numbers the model must know."""
+    structures = [pair.initial for pair in pairs] + [label.structure for label in given]
+    return sorted({int(z) for structure in structures for z in structure.numbers})
+
+
 def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Prior:
     """The starting model: a foundation model, or an untrained one from the seed.
 
@@ -115,13 +130,12 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
     from alcore.identity import sha256_hex
     from alcore.mace.models import build_model, check_elements, load_foundation
 
-    elements = sorted({int(z) for z in numbers})
     device = pick_device(settings.device)
     if settings.foundation is None:
-        model = build_model(elements, seed).to(device)
-        return Prior(model=model, untrained=True, name=f"untrained MACE (seed {seed}), which has seen no reference data")
+        name = f"untrained MACE (seed {seed}), which has seen no reference data"
+        return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
     model = load_foundation(settings.foundation, device=device)
-    check_elements(model, elements)
+    check_elements(model, numbers)
     path = Path(settings.foundation)
     content = f", sha256 {sha256_hex(path.read_bytes())[:16]}" if path.is_file() else ""
     return Prior(model=model, untrained=False, name=f"foundation model {path.name}{content}")
@@ -156,7 +170,9 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
         seed=settings.seed,
         prior_name=prior.name,
     )
-    return MaceTrainer(prior.model, spec, untrained=prior.untrained, save_model=store.save_model, load_model=store.load_model)
+    return MaceTrainer(
+        prior.model, spec, untrained=prior.untrained, save_model=store.save_model, load_model=store.load_model
+    )
 
 
 def read_data(settings: RunSettings, resolved: ResolvedCalculator) -> list[Label]:
@@ -165,10 +181,14 @@ def read_data(settings: RunSettings, resolved: ResolvedCalculator) -> list[Label
     Raises:
         InputError: a file or frame that cannot be used.
     """
+    return [label for k in range(len(settings.data)) for label in read_data_file(settings, resolved, k)]
+
+
+def read_data_file(settings: RunSettings, resolved: ResolvedCalculator, k: int) -> list[Label]:
+    """The labels of the ``k``-th file; raises as ``read_data``."""
     from alcore.dataset import read_labels
 
-    return [
-        label
-        for k, file in enumerate(settings.data)
-        for label in read_labels(Path(file), fingerprint=resolved.fingerprint, calculator=settings.calculator.name, where=f"data.{k}")
-    ]
+    calculator = settings.calculator.name
+    return read_labels(
+        Path(settings.data[k]), fingerprint=resolved.fingerprint, calculator=calculator, where=f"data.{k}"
+    )

@@ -150,4 +150,13 @@ def _decode(value: Any) -> Any:
         return _restore(TYPES[type(value)], value)
     if isinstance(value, list):
         return tuple(_decode(item) for item in value)
+    return _unwrapped(value)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Plain values without the dicts and lists that mongoengine puts in their place to watch for changes."""
+    if isinstance(value, dict):
+        return {key: _unwrapped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unwrapped(item) for item in value]
     return value

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alcore.types import FloatArray, Structure
+from alcore.types import FloatArray, IntArray, Structure
 
 LENGTH_SCALE = 2.0
 """In units of sqrt(descriptor dimensions): 1 to 4 need about as many labels, 0.5 half as many again."""
@@ -28,7 +28,7 @@ class RandomFeatures:
     Attributes:
         elements: atomic numbers, in block order.
         mean, scale: of the descriptors, ``(n_elements, n_descriptors)``.
-        omega: ``(n_elements, n_descriptors, n_random)``, already divided by scale and length scale.
+        omega: ``(n_elements, n_descriptors, n_random)``, already divided by the length scale.
         phase: ``(n_elements, n_random)``.
     """
 
@@ -51,7 +51,23 @@ class RandomFeatures:
             if len(rows):
                 centred = (descriptors[rows] - self.mean[block]) / self.scale[block]
                 waves = torch.cos(centred @ self.omega[block] + self.phase[block]) * (2.0 / n_random) ** 0.5
-                out = out.index_put((rows[:, None], torch.arange(block * n_random, (block + 1) * n_random)[None, :]), waves)
+                columns = torch.arange(block * n_random, (block + 1) * n_random, device=descriptors.device)
+                out = out.index_put((rows[:, None], columns[None, :]), waves)
+        return out
+
+    def derivative(
+        self, descriptors: torch.Tensor, jacobian: torch.Tensor, element_index: torch.Tensor
+    ) -> torch.Tensor:
+        """∂φ/∂x, ``(n_directions, n_features)``, from ∂d/∂x, ``(n_directions, n_nodes, n_descriptors)``."""
+        n_random = self.phase.shape[1]
+        out = torch.zeros((len(jacobian), self.n_features), dtype=descriptors.dtype, device=descriptors.device)
+        for block in range(len(self.elements)):
+            columns = slice(block * n_random, (block + 1) * n_random)
+            slope = self.omega[block] / self.scale[block][:, None]
+            for node in torch.nonzero(element_index == block).squeeze(1).tolist():
+                centred = (descriptors[node] - self.mean[block]) / self.scale[block]
+                waves = torch.sin(centred @ self.omega[block] + self.phase[block]) * (2.0 / n_random) ** 0.5
+                out[:, columns] -= (jacobian[:, node] @ slope) * waves
         return out
 
 
@@ -68,7 +84,12 @@ def invariant_columns(model: Any) -> list[int]:
 
 
 def make_features(
-    descriptors: FloatArray, numbers: Sequence[int], rng: np.random.Generator, *, per_element: int = 96, dtype: torch.dtype = torch.float64
+    descriptors: FloatArray,
+    numbers: Sequence[int] | IntArray,
+    rng: np.random.Generator,
+    *,
+    per_element: int = 256,
+    like: torch.Tensor,
 ) -> RandomFeatures:
     """Features standardised on a sample of environments.
 
@@ -77,7 +98,7 @@ def make_features(
         numbers: their atomic numbers, ``(n_samples,)``.
         rng: draws frequencies and phases.
         per_element: random features an element.
-        dtype: of the tensors.
+        like: a tensor of the wanted type and device.
     """
     numbers_array = np.asarray(numbers)
     elements = tuple(sorted({int(z) for z in numbers_array}))
@@ -94,10 +115,10 @@ def make_features(
         phases.append(rng.uniform(0, 2 * np.pi, per_element))
     return RandomFeatures(
         elements=elements,
-        mean=torch.as_tensor(np.array(means), dtype=dtype),
-        scale=torch.as_tensor(np.array(scales), dtype=dtype),
-        omega=torch.as_tensor(np.array(omegas), dtype=dtype),
-        phase=torch.as_tensor(np.array(phases), dtype=dtype),
+        mean=like.new_tensor(np.array(means)),
+        scale=like.new_tensor(np.array(scales)),
+        omega=like.new_tensor(np.array(omegas)),
+        phase=like.new_tensor(np.array(phases)),
     )
 
 

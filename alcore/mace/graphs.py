@@ -39,7 +39,13 @@ def batch_graph(
     senders, receivers, shifts = [], [], []
     for image in range(n_images):
         # "c" scans open directions from the bounding box, so a cell without vectors is fine.
-        i, j, s = neighbour_list("ijS", positions=positions[image], cell=_spacious(cell, template, positions[image], r_max_ang), pbc=template.pbc, cutoff=r_max_ang)
+        i, j, s = neighbour_list(
+            "ijS",
+            positions=positions[image],
+            cell=_spacious(cell, template, positions[image], r_max_ang),
+            pbc=template.pbc,
+            cutoff=r_max_ang,
+        )
         senders.append(i + image * n_atoms)
         receivers.append(j + image * n_atoms)
         shifts.append(s)
@@ -48,7 +54,7 @@ def batch_graph(
     one_hot = np.eye(len(elements))[[place[int(z)] for z in template.numbers]]
 
     def tensor(values: object, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=kind, device=device)
+        return torch.as_tensor(np.array(values), dtype=kind, device=device)
 
     graph = {
         "positions": tensor(positions.reshape(-1, 3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import threading
@@ -16,6 +17,13 @@ import torch
 
 from alcore.errors import ModelError
 from alcore.identity import sha256_hex
+
+# mace-torch prints on import that an optional accelerator is missing. It must come before e3nn, whose constants load
+# only once mace has allowed it.
+with contextlib.redirect_stdout(io.StringIO()):
+    from mace import modules
+
+from e3nn import o3
 
 # A long-lived process pays TorchScript's profiling for nothing: it makes the second call of every model slow.
 torch._C._jit_set_profiling_executor(False)
@@ -56,10 +64,6 @@ def build_model(
         architecture: its size; the default where None.
         dtype: of weights and evaluation.
     """
-    from mace import modules  # before e3nn, whose constants only load after mace has allowed it
-
-    from e3nn import o3  # isort: skip
-
     arch = architecture or Architecture()
     elements = sorted({int(z) for z in numbers})
     with _CONSTRUCTION, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -102,7 +106,9 @@ def load_foundation(source: str, *, device: str = "cpu", dtype: torch.dtype = to
     path = Path(source).expanduser()
     if path.suffix == ".model" or path.exists() or "/" in source:
         if not path.is_file():
-            raise ModelError(f"no such model file: {source}", where="model.foundation", mend="give an existing .model file")
+            raise ModelError(
+                f"no such model file: {source}", where="model.foundation", mend="give an existing .model file"
+            )
         warnings.warn(
             f"{path.name} is loaded with pickle, which can run code: use only model files you trust "
             f"(sha256 {sha256_hex(path.read_bytes())[:16]}…)",
@@ -114,12 +120,16 @@ def load_foundation(source: str, *, device: str = "cpu", dtype: torch.dtype = to
                 model = torch.load(path, map_location=device, weights_only=False)
         except Exception as error:
             raise ModelError(
-                f"{source} cannot be read as a MACE model: {error}", where="model.foundation", mend="give a file mace-torch has written"
+                f"{source} cannot be read as a MACE model: {error}",
+                where="model.foundation",
+                mend="give a file mace-torch has written",
             ) from error
     else:
         model = _download(source, device)
     if not hasattr(model, "atomic_numbers") or not hasattr(model, "readouts"):
-        raise ModelError(f"{source} is not a MACE energy model", where="model.foundation", mend="give a MACE .model file")
+        raise ModelError(
+            f"{source} is not a MACE energy model", where="model.foundation", mend="give a MACE .model file"
+        )
     return freeze(model.to(device=device, dtype=dtype))
 
 
@@ -166,7 +176,9 @@ def check_elements(model: Any, numbers: Sequence[int], where: str = "model.found
     missing = sorted({int(z) for z in numbers} - set(model_elements(model)))
     if missing:
         names = ", ".join(chemical_symbols[z] for z in missing)
-        raise ModelError(f"the foundation model does not know {names}", where=where, mend="choose another model, or null")
+        raise ModelError(
+            f"the foundation model does not know {names}", where=where, mend="choose another model, or null"
+        )
 
 
 def weights_to_bytes(model: torch.nn.Module) -> bytes:
@@ -185,5 +197,7 @@ def with_weights(model: torch.nn.Module, data: bytes) -> torch.nn.Module:
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """Hash of the weights, independent of how a file packs them."""
-    parts = [name.encode() + value.detach().cpu().numpy().tobytes() for name, value in sorted(model.state_dict().items())]
+    parts = [
+        name.encode() + value.detach().cpu().numpy().tobytes() for name, value in sorted(model.state_dict().items())
+    ]
     return sha256_hex(b"|".join(parts))

@@ -35,8 +35,10 @@ class MaceSurrogate:
         members: the fine-tuned committee; empty until the first fine-tuning.
         lead: which surface relaxations follow.
         features: random features on the prior's descriptors, or None for no correction.
-        correction: None before the first label, or without correction; its weights' rows are the prior, then the members.
-        rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they stay true).
+        correction: None before the first label, or without correction; its weights' rows are the prior, then the
+            members.
+        rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they
+            stay true).
         notes: how it was made, for ``describe``.
     """
 
@@ -49,8 +51,9 @@ class MaceSurrogate:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.prior.parameters())).dtype
+    def like(self) -> torch.Tensor:
+        """A tensor of the model's type and device."""
+        return next(iter(self.prior.parameters()))
 
     def describe(self) -> dict[str, Any]:
         """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
@@ -87,7 +90,9 @@ class MaceSurrogate:
             by_lead["committee"] = energies[1:].mean(dim=0)
         forces = self._forces(by_lead[self.lead], graph)
         anchored = _numpy(phi - phi[:1])
-        covariance = np.zeros((len(positions),) * 2) if self.correction is None else self.correction.energy_covariance(anchored)
+        covariance = (
+            np.zeros((len(positions),) * 2) if self.correction is None else self.correction.energy_covariance(anchored)
+        )
         return CommitteePrediction(
             energies_ev=_numpy(by_lead[self.lead]),
             forces=forces,
@@ -102,18 +107,18 @@ class MaceSurrogate:
             positions,
             elements=model_elements(self.prior),
             r_max_ang=float(self.prior.r_max),
-            dtype=self.dtype,
-            device=next(iter(self.prior.parameters())).device,
+            dtype=self.like.dtype,
+            device=self.like.device,
         )
 
     def _weights(self) -> torch.Tensor | None:
-        return None if self.correction is None else torch.as_tensor(self.correction.weights, dtype=self.dtype)
+        return None if self.correction is None else self.like.new_tensor(self.correction.weights)
 
     def _forward(
         self, graph: dict[str, torch.Tensor], models: Sequence[Any], template: Structure, n_images: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Bare energies ``(n_models, n_images)`` and features ``(n_images, n_features)``, graphs shared."""
-        phi, energies = torch.zeros((n_images, 0), dtype=self.dtype), []
+        phi, energies = self.like.new_zeros((n_images, 0)), []
         seen_prior = False
         for model in models:
             out = model(graph, compute_force=False)
@@ -132,7 +137,9 @@ class MaceSurrogate:
     def _phi(self, node_feats: torch.Tensor, template: Structure, n_images: int) -> torch.Tensor:
         assert self.features is not None
         descriptors = node_feats[:, invariant_columns(self.prior)]
-        nodes = self.features.of_nodes(descriptors, element_index(template, self.features, n_images))
+        nodes = self.features.of_nodes(
+            descriptors, element_index(template, self.features, n_images).to(self.like.device)
+        )
         return nodes.reshape(n_images, len(template), -1).sum(dim=1)
 
     def descriptors(self, template: Structure, positions: FloatArray) -> FloatArray:
@@ -142,19 +149,28 @@ class MaceSurrogate:
         return _numpy(feats[:, invariant_columns(self.prior)])
 
     def feature_rows(self, structure: Structure) -> tuple[FloatArray, FloatArray]:
-        """φ ``(n_features,)`` and −∂φ/∂x ``(3 n_atoms, n_features)`` of one structure."""
+        """φ ``(n_features,)`` and −∂φ/∂x ``(3 n_atoms, n_features)`` of one structure.
+
+        The Jacobian of the descriptors comes first, column by column as forward derivatives (by differentiating the
+        backward pass, which is linear in its seed, once more): 3 n_atoms of them, however many features there are.
+        """
         assert self.features is not None
         graph = self._graph(structure, structure.positions[None])
-        phi = self._phi(self.prior(graph, compute_force=False)["node_feats"], structure, 1)[0]
-        eye = torch.eye(len(phi), dtype=self.dtype)
-        columns = []
-        chunk = max(1, MAX_BATCH_ATOMS // len(structure))
-        for start in range(0, len(phi), chunk):
-            (rows,) = torch.autograd.grad(
-                phi, graph["positions"], grad_outputs=eye[start : start + chunk], is_grads_batched=True, retain_graph=True
+        descriptors = self.prior(graph, compute_force=False)["node_feats"][:, invariant_columns(self.prior)]
+        seed = torch.zeros_like(descriptors, requires_grad=True)
+        (gradient,) = torch.autograd.grad(descriptors, graph["positions"], grad_outputs=seed, create_graph=True)
+        n_atoms = len(structure)
+        directions = torch.eye(3 * n_atoms, dtype=self.like.dtype, device=self.like.device).reshape(-1, n_atoms, 3)
+        chunk = max(1, MAX_BATCH_ATOMS // n_atoms)
+        blocks = element_index(structure, self.features, 1).to(self.like.device)
+        rows = []
+        for start in range(0, 3 * n_atoms, chunk):
+            (jacobian,) = torch.autograd.grad(
+                gradient, seed, grad_outputs=directions[start : start + chunk], is_grads_batched=True, retain_graph=True
             )
-            columns.append(rows.reshape(len(rows), -1))
-        return _numpy(phi), -_numpy(torch.cat(columns)).T
+            rows.append(self.features.derivative(descriptors.detach(), jacobian, blocks))
+        phi = self.features.of_nodes(descriptors.detach(), blocks).sum(dim=0)
+        return _numpy(phi), -_numpy(torch.cat(rows))
 
 
 def _numpy(tensor: torch.Tensor) -> FloatArray:
@@ -162,15 +178,15 @@ def _numpy(tensor: torch.Tensor) -> FloatArray:
 
 
 def make_surrogate(
-    prior: Any, samples: Sequence[Structure], rng: np.random.Generator, *, per_element: int = 96, correct: bool = True
+    prior: Any, samples: Sequence[Structure], rng: np.random.Generator, *, per_element: int = 256, correct: bool = True
 ) -> MaceSurrogate:
-    """A surrogate without labels, its features standardised on the environments of ``samples`` (rattled starting bands)."""
+    """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands)."""
     bare = MaceSurrogate(prior=prior)
     if not correct:
         return bare
     descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
     numbers = np.concatenate([s.numbers for s in samples])
-    return replace(bare, features=make_features(descriptors, numbers, rng, per_element=per_element, dtype=bare.dtype))
+    return replace(bare, features=make_features(descriptors, numbers, rng, per_element=per_element, like=bare.like))
 
 
 def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate:
@@ -194,8 +210,10 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
     return replace(surrogate, correction=correction, rows=rows)
 
 
-def model_residuals(models: Sequence[Any], labels: Sequence[Label], free: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
-    """Label minus bare model: energies ``(n_models, n_labels)`` in eV and free forces ``(n_models, n_rows)`` in eV/Å."""
+def model_residuals(
+    models: Sequence[Any], labels: Sequence[Label], free: Sequence[Any]
+) -> tuple[FloatArray, FloatArray]:
+    """Label minus bare model: energies ``(n_models, n_labels)`` in eV, free forces ``(n_models, n_rows)`` in eV/Å."""
     energies, forces = [], []
     for model in models:
         alone = MaceSurrogate(prior=model)

@@ -45,7 +45,7 @@ class ModelSpec:
     correction: Literal["blr", "none"] = "blr"
     train: TrainSpec = TrainSpec()
     seed: int = 0
-    features_per_element: int = 96
+    features_per_element: int = 256
     prior_name: str = ""
 
 
@@ -77,12 +77,19 @@ class MaceTrainer:
         """The surrogate that has seen no label; features standardised on rattled ``samples``."""
         rng = np.random.default_rng([self.spec.seed, 1])
         rattled = [
-            s.moved(s.positions + np.where(s.fixed, 0.0, RATTLE_ANG * rng.standard_normal(s.positions.shape))) for s in samples
+            s.moved(s.positions + np.where(s.fixed, 0.0, RATTLE_ANG * rng.standard_normal(s.positions.shape)))
+            for s in samples
         ]
         surrogate = make_surrogate(
             self.prior, rattled, rng, per_element=self.spec.features_per_element, correct=self.spec.correction == "blr"
         )
-        notes = {"prior": self._prior_sha, "prior_name": self.spec.prior_name, "strategy": self.spec.strategy, "members": [], "trained_on": 0}
+        notes = {
+            "prior": self._prior_sha,
+            "prior_name": self.spec.prior_name,
+            "strategy": self.spec.strategy,
+            "members": [],
+            "trained_on": 0,
+        }
         return replace(surrogate, notes={**notes, "why": "no labels yet: the prior alone"})
 
     def due(self, surrogate: MaceSurrogate, dataset: Dataset) -> list[str]:
@@ -101,7 +108,7 @@ class MaceTrainer:
         Raises:
             TrainingError: no usable model came of it.
         """
-        k = int(name.removeprefix("member-"))
+        k = _place(name)
         warm = bool(surrogate.members)
         if warm:
             model = surrogate.members[k]
@@ -115,11 +122,15 @@ class MaceTrainer:
         return fine_tune(model, dataset, self.spec.train, weights=weights, warm=warm)
 
     def finish(
-        self, surrogate: MaceSurrogate, members: Mapping[str, TrainedMember], dataset: Dataset, residuals: Sequence[Residual]
+        self,
+        surrogate: MaceSurrogate,
+        members: Mapping[str, TrainedMember],
+        dataset: Dataset,
+        residuals: Sequence[Residual],
     ) -> MaceSurrogate:
         """New members in (if any), lead chosen, correction fitted."""
         if members:
-            ordered = [members[name] for name in sorted(members)]
+            ordered = [members[name] for name in sorted(members, key=_place)]
             ids = [self._keep(m, len(dataset)) for m in ordered]
             train = {
                 "epochs": ordered[0].epochs,
@@ -143,12 +154,22 @@ class MaceTrainer:
         both = [r for r in residuals if {"prior", "committee"} <= set(r.by_lead_ev)][-RECENT:]
         if not both:
             return "prior", "the committee has not predicted a label yet"
-        error = {lead: float(np.mean([abs(r.by_lead_ev[lead] - r.labelled_ev) for r in both])) for lead in ("prior", "committee")}
+        error = {
+            lead: float(np.mean([abs(r.by_lead_ev[lead] - r.labelled_ev) for r in both]))
+            for lead in ("prior", "committee")
+        }
         lead: Lead = "committee" if error["committee"] < error["prior"] else "prior"
-        return lead, f"last {len(both)} labels predicted within {1e3 * error['committee']:.0f} meV by the committee, {1e3 * error['prior']:.0f} by the frozen prior"
+        theirs, prior = 1e3 * error["committee"], 1e3 * error["prior"]
+        n = len(both)
+        return (
+            lead,
+            f"last {n} labels predicted within {theirs:.0f} meV by the committee, {prior:.0f} by the frozen prior",
+        )
 
-    def restore(self, start: MaceSurrogate, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]) -> MaceSurrogate:
-        """The surrogate as it stood after ``record``: members by their ids, the correction fitted anew (it is closed form)."""
+    def restore(
+        self, start: MaceSurrogate, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]
+    ) -> MaceSurrogate:
+        """The surrogate as it stood after ``record``: members by their ids, the correction fitted anew."""
         ids = [str(i) for i in record.surrogate.get("members", [])]
         if ids and self._load is None:
             raise TrainingError("the committee cannot be restored without a model store")
@@ -165,4 +186,11 @@ class MaceTrainer:
     def _keep(self, member: TrainedMember, n_labels: int) -> str:
         if self._save is None:
             return weights_sha256(member.model)
-        return self._save(weights_to_bytes(member.model), {"kind": "member", "prior": self._prior_sha, "n_labels": n_labels})
+        return self._save(
+            weights_to_bytes(member.model), {"kind": "member", "prior": self._prior_sha, "n_labels": n_labels}
+        )
+
+
+def _place(name: str) -> int:
+    """Index of a member by its name; member 10 comes after member 9."""
+    return int(name.removeprefix("member-"))

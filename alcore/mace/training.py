@@ -80,7 +80,7 @@ def fine_tune(model: Any, dataset: Dataset, spec: TrainSpec, *, weights: FloatAr
     """
     twin = trainable_copy(model)
     batch = _merge(model, dataset.labels)
-    scale = torch.as_tensor(weights, dtype=batch.energies.dtype)
+    scale = batch.energies.new_tensor(weights)
     epochs = spec.warm_epochs if warm else spec.epochs
     optimizer = torch.optim.Adam(twin.parameters(), lr=spec.learning_rate, amsgrad=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.learning_rate, total_steps=epochs + 1)
@@ -131,25 +131,37 @@ def _mean_square(force_error: torch.Tensor, batch: _Batch) -> torch.Tensor:
 
 def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
     """One batch of all labels, which may differ in composition and size."""
-    dtype = next(iter(model.parameters())).dtype
+    like = next(iter(model.parameters()))
     graphs = [
-        batch_graph(label.structure, label.structure.positions[None], elements=model_elements(model), r_max_ang=float(model.r_max), dtype=dtype)
+        batch_graph(
+            label.structure,
+            label.structure.positions[None],
+            elements=model_elements(model),
+            r_max_ang=float(model.r_max),
+            dtype=like.dtype,
+            device=like.device,
+        )
         for label in labels
     ]
     offsets = np.cumsum([0, *(len(label.structure) for label in labels)])
-    merged = {name: torch.cat([g[name].detach() for g in graphs]) for name in ("positions", "node_attrs", "shifts", "unit_shifts", "cell", "head")}
-    merged["edge_index"] = torch.cat([g["edge_index"] + int(start) for g, start in zip(graphs, offsets, strict=False)], dim=1)
+    merged = {
+        name: torch.cat([g[name].detach() for g in graphs])
+        for name in ("positions", "node_attrs", "shifts", "unit_shifts", "cell", "head")
+    }
+    merged["edge_index"] = torch.cat(
+        [g["edge_index"] + int(start) for g, start in zip(graphs, offsets, strict=False)], dim=1
+    )
     merged["batch"] = torch.cat([g["batch"] + k for k, g in enumerate(graphs)])
-    merged["ptr"] = torch.as_tensor(offsets)
+    merged["ptr"] = torch.as_tensor(offsets, device=like.device)
     merged["positions"].requires_grad_(True)
     compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in labels]
     kinds = {c: k for k, c in enumerate(dict.fromkeys(compositions))}
-    energies = [label.energy_ev for label in labels]
+    energies = np.array([label.energy_ev for label in labels], dtype=float)
     forces = np.concatenate([label.forces for label in labels if label.forces is not None])
     return _Batch(
         graph=merged,
-        # float64 would lose nothing; in float32 only differences from the mean survive
-        energies=torch.as_tensor(np.array(energies, dtype=float) - np.mean(np.array(energies, dtype=float)), dtype=dtype),
-        forces=torch.as_tensor(forces, dtype=dtype),
-        groups=torch.as_tensor([kinds[c] for c in compositions]),
+        # differences from the mean survive in float32 as well
+        energies=like.new_tensor(energies - energies.mean()),
+        forces=like.new_tensor(forces),
+        groups=torch.as_tensor([kinds[c] for c in compositions], device=like.device),
     )

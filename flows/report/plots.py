@@ -112,7 +112,9 @@ def draw_path(run: RunRecord, generations: Generations, labels: Labels, path: st
     axes.set_ylabel("Energy relative to the initial state (eV)")
     title = f"{run.name}, {name}" if len(names) > 1 else run.name
     axes.set_title(f"{title}: generation {_generation_of(generations, probed)}", loc="left", fontsize=10.5)
-    figure.legend(loc="outside lower center", ncols=6, columnspacing=1.2, handletextpad=0.5)
+    figure.legend(
+        loc="outside lower center", ncols=6, columnspacing=1.0, handletextpad=0.4, handlelength=1.3, fontsize=9
+    )
     return figure
 
 

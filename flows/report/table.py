@@ -51,7 +51,8 @@ def _error_ev(row: GenerationRow) -> float | None:
 
 
 def generation_table(generations: Sequence[GenerationRecord]) -> Table:
-    """One row a generation and hop: what was predicted before its labels; the error is the surrogate's barrier minus the reference's at the same saddle."""
+    """One row a generation and hop: what was predicted before its labels were known; the error is that barrier minus
+    the reference's at the same saddle."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,15 +1,24 @@
-"""The real services, once a session, serving a tiny flow in place of the loop."""
+"""The real services, once a session, serving a tiny flow in place of the loop; and a small hop for the loop itself."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ase.build import add_adsorbate, fcc100
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.io import write
+from ase.optimize import BFGS
+
+from storage.mongod import ensure_mongod, stop_mongod
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TINY_FLOW = """
@@ -95,3 +104,86 @@ def prefect_api(services: Services) -> Iterator[str]:
     assert where is not None
     with temporary_settings({"api.url": where.api_url}):  # type: ignore[dict-item]
         yield where.api_url
+
+
+# --- a small hop that runs through the whole loop in seconds ----------------------------------------------------------
+
+COUNTED = '''
+import time
+from pathlib import Path
+from ase.calculators.emt import EMT
+
+def calculator(tag=""):
+    """EMT that writes down each time it is asked, and does not answer while it is told to hang."""
+    here = Path(__file__).parent
+    with (here / f"calls-{tag}").open("a") as calls:
+        calls.write(".")
+    while (here / f"hang-{tag}").exists():
+        time.sleep(0.05)
+    return EMT()
+'''
+
+
+class Hop:
+    """An adatom hop on Cu(100), 9 atoms, both ends relaxed; each ``tag`` is a reference calculator of its own.
+
+    Attributes:
+        folder: with ``initial.extxyz``, ``final.extxyz`` and the module of the reference calculator, which is EMT.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "counted.py").write_text(COUNTED)
+        slab = fcc100("Cu", (2, 2, 2), vacuum=6.0)
+        for name, offset in (("initial", (0, 0)), ("final", (1, 0))):
+            atoms = slab.copy()
+            add_adsorbate(atoms, "Cu", 1.6, "hollow", offset=offset)
+            atoms.set_constraint(FixAtoms(mask=[atom.tag == 2 for atom in atoms]))
+            atoms.info.clear()
+            atoms.calc = EMT()
+            BFGS(atoms, logfile=None).run(fmax=0.01)
+            write(folder / f"{name}.extxyz", atoms, write_results=False)
+
+    def run_file(self, name: str, **changes: Any) -> Path:
+        """A run file next to the structures; ``tag`` chooses the reference, ``section={...}`` is merged in."""
+        factory = {"factory": "counted:calculator", "settings": {"tag": changes.pop("tag", name)}}
+        values: dict[str, Any] = {
+            "name": name,
+            "paths": [{"name": "hop", "initial": "initial.extxyz", "final": "final.extxyz"}],
+            "calculator": {"name": "ase", **factory},
+            "executor": {"workers": 1, "timeout_s": 60},
+            "model": {"strategy": "zero-shot", "committee": 1},  # fine-tuning is the trainer's own test
+            "neb": {"n_images": 3},
+        }
+        for key, value in changes.items():
+            merge = isinstance(value, dict) and isinstance(values.get(key), dict) and "name" not in value
+            values[key] = {**values[key], **value} if merge else value
+        file = self.folder / f"{name}.yaml"
+        file.write_text(json.dumps(values))
+        return file
+
+    def calls(self, tag: str) -> int:
+        """How often this reference was really asked."""
+        file = self.folder / f"calls-{tag}"
+        return len(file.read_text()) if file.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def hop(tmp_path_factory: pytest.TempPathFactory) -> Hop:
+    return Hop(tmp_path_factory.mktemp("hop"))
+
+
+@pytest.fixture(scope="session")
+def loop_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data folder whose embedded MongoDB runs, one for all tests of the loop."""
+    home = tmp_path_factory.mktemp("loop-home")
+    ensure_mongod(home)
+    yield home
+    stop_mongod(home)
+
+
+@pytest.fixture
+def home(loop_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``loop_home``, made the data folder of this test."""
+    monkeypatch.setenv("AL_LOOP_HOME", str(loop_home))
+    return loop_home

@@ -94,7 +94,7 @@ def sb2te3_bilayer() -> Atoms:
     scaled[:, 2] = (scaled[:, 2] + 1 / 6) % 1.0 - 1 / 6  # layers centred at 0, c/3 (and 2c/3: cut off)
     crystal = Atoms(symbols, scaled_positions=scaled, cell=[a, a, c, 90, 90, 120], pbc=True)
     bilayer = crystal[scaled[:, 2] < 0.5]
-    return bilayer.repeat((2, 2, 1))
+    return Atoms(bilayer.repeat((2, 2, 1)))
 
 
 def cr_sb2te3() -> tuple[Atoms, Atoms]:
@@ -142,7 +142,7 @@ def chgnet() -> Calculator:
 
 @cache
 def chgnet_model() -> Any:
-    from chgnet.model import CHGNet
+    from chgnet.model.model import CHGNet
 
     return CHGNet.load(use_device="cpu", verbose=False)
 
@@ -160,7 +160,7 @@ HOPS: dict[str, Hop] = {
         ends=lambda: cu_vacancy(3), calculator=emt, fmax_ev_per_ang=0.005, files=("POSCAR_initial", "POSCAR_final")
     ),
     "nacl_vacancy": Hop(ends=nacl_vacancy, calculator=lambda: gfn1_xtb(-1), fmax_ev_per_ang=0.02),
-    # Both sites keep their threefold axis if nothing disturbs it, and are no minima then (chgnet: -0.13 eV/Å^2).
+    # Undisturbed, the tetrahedral site keeps its threefold axis and is no minimum (chgnet: two modes of -0.13 eV/Å^2).
     "cr_sb2te3": Hop(ends=cr_sb2te3, calculator=chgnet, fmax_ev_per_ang=0.01, middle=cr_tetrahedral, rattle_ang=0.05),
 }
 

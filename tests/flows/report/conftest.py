@@ -37,6 +37,14 @@ STEPS = (2, 8, 80)
 TOLERANCE_EV = 0.01
 KINDS = ("initial", "final", "saddle", "uncertain", "saddle", "uncertain", "saddle")
 """Of the labels, in the order they are asked."""
+SURROGATE = {
+    "strategy": "naive",
+    "lead": "committee",
+    "why": "few labels",
+    "members": ["a1" * 32, "b2" * 32],
+    "prior": "c3" * 32,
+    "noise": float("nan"),
+}
 
 
 @dataclass(frozen=True)
@@ -266,14 +274,7 @@ def _make(bands: list[tuple[list[Atoms], float]], name: str, paths: list[str]) -
                 kinds=dict(zip(labels, KINDS, strict=False)),
                 calls_by_kind={"final": 1, "saddle": index, "uncertain": 1 + (index > 1), "failed": int(index > 1)},
                 calibration=Calibration(factor=1.7, n_residuals=index + 1, source="the loop's own residuals"),
-                surrogate={
-                    "strategy": "naive",
-                    "lead": "committee",
-                    "why": "few labels",
-                    "members": ["a1" * 32, "b2" * 32],
-                    "prior": "c3" * 32,
-                    "noise": float("nan"),
-                },
+                surrogate=SURROGATE,
                 seconds={"probe": 2.5, "label": 0.8, "train": 4.0},
                 decision=records[0].decision,
             )

@@ -1,0 +1,235 @@
+"""The trainer: when members learn, which surface leads, and a surrogate that comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alcore.errors import TrainingError
+from alcore.mace.models import weights_sha256
+from alcore.mace.surrogate import MaceSurrogate
+from alcore.mace.trainer import FIRST_TRAINING, MaceTrainer, ModelSpec
+from alcore.mace.training import TrainSpec
+from alcore.neb import NebSpec, interpolate
+from alcore.types import Dataset, EndpointPair, FloatArray, GenerationRecord, Label, Residual, Structure
+from storage.memory import MemoryStore
+
+TRAIN = TrainSpec(epochs=4, warm_epochs=2)
+LABELS = FIRST_TRAINING
+
+
+@pytest.fixture(scope="module")
+def samples(au_pair: EndpointPair) -> list[Structure]:
+    return [au_pair.initial.moved(p) for p in interpolate(au_pair, NebSpec(n_images=5))]
+
+
+@pytest.fixture(scope="module")
+def dataset(samples: list[Structure], label_of: Callable[..., Label]) -> Dataset:
+    return Dataset(labels=tuple(label_of(s) for s in samples[:LABELS]))
+
+
+@pytest.fixture(scope="module")
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture(scope="module")
+def trainer(untrained_model: Any, store: MemoryStore) -> MaceTrainer:
+    return _trainer(untrained_model, store)
+
+
+def _trainer(
+    model: Any, store: MemoryStore | None, strategy: Any = "auto", untrained: bool = True, **kwargs: Any
+) -> MaceTrainer:
+    spec = ModelSpec(strategy=strategy, committee=2, train=TRAIN, features_per_element=16, **kwargs)
+    return MaceTrainer(
+        model,
+        spec,
+        untrained=untrained,
+        save_model=store.save_model if store else None,
+        load_model=store.load_model if store else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(trainer: MaceTrainer, samples: list[Structure], dataset: Dataset) -> MaceSurrogate:
+    fresh = trainer.finish(trainer.start(samples), {}, dataset, ())
+    due = trainer.due(fresh, dataset)
+    assert due == ["member-0", "member-1"]
+    return trainer.finish(fresh, {name: trainer.train_member(name, fresh, dataset, 3) for name in due}, dataset, [])
+
+
+def _residual(prior_error: float, committee_error: float) -> Residual:
+    return Residual(
+        key="k",
+        path="hop",
+        kind="saddle",
+        generation=4,
+        predicted_ev=0.5,
+        labelled_ev=0.5,
+        sigma_committee_ev=0.01,
+        sigma_posterior_ev=0.01,
+        sigma_ev=0.02,
+        fmax_ev_per_ang=0.01,
+        by_lead_ev={"prior": 0.5 + prior_error, "committee": 0.5 + committee_error},
+    )
+
+
+def _same(a: tuple[FloatArray, FloatArray], b: tuple[FloatArray, FloatArray], atol: float) -> None:
+    np.testing.assert_allclose(a[0], b[0], atol=atol)
+    np.testing.assert_allclose(a[1], b[1], atol=atol)
+
+
+def test_the_start_is_the_prior_alone(trainer: MaceTrainer, samples: list[Structure], untrained_model: Any) -> None:
+    start = trainer.start(samples)
+    places = np.array([samples[2].positions])
+    _same(start.evaluate(samples[0], places), MaceSurrogate(prior=untrained_model).evaluate(samples[0], places), 1e-10)
+    assert start.describe()["n_members"] == 0
+    again = trainer.start(samples)
+    assert start.features is not None
+    assert again.features is not None
+    assert np.array_equal(start.features.omega.numpy(), again.features.omega.numpy())
+
+
+def test_fixed_atoms_are_not_rattled(
+    untrained_model: Any, samples: list[Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Structure] = []
+    real = MaceSurrogate.descriptors
+    monkeypatch.setattr(MaceSurrogate, "descriptors", lambda self, s, p: (seen.append(s), real(self, s, p))[1])
+    _trainer(untrained_model, None).start(samples[:1])
+    moved = seen[0].positions - samples[0].positions
+    assert not moved[samples[0].fixed].any()
+    assert moved[~samples[0].fixed].std() == pytest.approx(0.05, rel=0.4)
+
+
+def test_members_learn_seldom(
+    trainer: MaceTrainer, trained: MaceSurrogate, samples: list[Structure], dataset: Dataset
+) -> None:
+    start = trainer.start(samples)
+    few = Dataset(labels=dataset.labels[: FIRST_TRAINING - 1])
+    assert trainer.due(start, few) == []
+    assert trainer.due(trained, dataset) == []
+    grown = Dataset(labels=dataset.labels + dataset.labels[:2])
+    assert trainer.due(trained, grown) == ["member-0", "member-1"]
+
+
+def test_zero_shot_never_learns(untrained_model: Any, samples: list[Structure], dataset: Dataset) -> None:
+    trainer = _trainer(untrained_model, None, "zero-shot")
+    assert trainer.due(trainer.start(samples), dataset) == []
+
+
+def test_without_a_correction_members_learn_from_two_labels(
+    untrained_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    trainer = _trainer(untrained_model, None, correction="none")
+    start = trainer.start(samples)
+    assert start.features is None
+    assert trainer.due(start, Dataset(labels=dataset.labels[:1])) == []
+    assert len(trainer.due(start, Dataset(labels=dataset.labels[:2]))) == 2
+    assert trainer.finish(start, {}, dataset, ()).correction is None
+
+
+def test_members_differ_and_are_kept(trained: MaceSurrogate, store: MemoryStore, untrained_model: Any) -> None:
+    hashes = {weights_sha256(m) for m in trained.members}
+    assert len(hashes) == 2
+    assert weights_sha256(untrained_model) not in hashes
+    assert len(trained.describe()["members"]) == 2
+    assert all(store.load_model(key) for key in trained.describe()["members"])
+    assert trained.describe()["train"]["epochs"] == TRAIN.epochs
+    assert trained.describe()["train"]["learning_rate"] == TRAIN.learning_rate
+
+
+def test_the_prior_never_learns(trained: MaceSurrogate, trainer: MaceTrainer, samples: list[Structure]) -> None:
+    assert weights_sha256(trained.prior) == trainer.start(samples).describe()["prior"]
+
+
+def test_the_surface_that_predicted_better_leads(trainer: MaceTrainer) -> None:
+    assert trainer.choose_lead(False, [_residual(0.1, 0.0)])[0] == "prior"
+    assert trainer.choose_lead(True, [])[0] == "prior"
+    assert trainer.choose_lead(True, [_residual(0.1, 0.01)])[0] == "committee"
+    assert trainer.choose_lead(True, [_residual(0.01, 0.1)])[0] == "prior"
+    old = [_residual(5.0, 0.0)] * 4
+    lead, why = trainer.choose_lead(True, [*old, *[_residual(0.01, 0.02)] * 3])
+    assert lead == "prior", "only recent labels count"
+    assert "20 meV" in why
+    assert "10 by" in why
+
+
+def test_naive_is_led_by_the_committee_it_was_asked_for(untrained_model: Any) -> None:
+    lead, why = _trainer(untrained_model, None, "naive").choose_lead(True, [_residual(0.0, 1.0)])
+    assert lead == "committee"
+    assert "asked" in why
+
+
+def test_a_surrogate_comes_back_as_it_was(
+    trainer: MaceTrainer,
+    trained: MaceSurrogate,
+    samples: list[Structure],
+    dataset: Dataset,
+    untrained_model: Any,
+    store: MemoryStore,
+) -> None:
+    record = GenerationRecord(run="r", index=3, paths=(), surrogate=trained.describe())
+    other = _trainer(untrained_model, store)
+    back = other.restore(other.start(samples), record, dataset, [])
+    positions = np.array([s.positions for s in samples])
+    _same(back.evaluate(samples[0], positions), trained.evaluate(samples[0], positions), 1e-6)
+    a, b = back.predict(samples[0], positions), trained.predict(samples[0], positions)
+    np.testing.assert_allclose(a.members_ev, b.members_ev, atol=1e-6)
+    np.testing.assert_allclose(a.covariance_ev2, b.covariance_ev2, atol=1e-9)
+    kept = ("members", "lead", "trained_on", "train", "why", "prior")
+    assert {k: back.describe()[k] for k in kept} == {k: trained.describe()[k] for k in kept}
+    assert other.due(back, dataset) == []
+
+
+def test_members_cannot_come_back_without_a_store(
+    untrained_model: Any, trained: MaceSurrogate, samples: list[Structure], dataset: Dataset
+) -> None:
+    lonely = _trainer(untrained_model, None)
+    record = GenerationRecord(run="r", index=3, paths=(), surrogate=trained.describe())
+    with pytest.raises(TrainingError, match="without a model store"):
+        lonely.restore(lonely.start(samples), record, dataset, [])
+
+
+def test_fine_tunes_of_a_foundation_model_start_from_it(
+    lively_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    """From one prior with different label weights; from scratch with weights of their own."""
+    for strategy, shared in (("naive", True), ("scratch", False)):
+        trainer = MaceTrainer(
+            lively_model,
+            ModelSpec(
+                strategy=strategy, committee=1, train=TrainSpec(epochs=1, learning_rate=1e-9), features_per_element=4
+            ),  # type: ignore[arg-type]
+            untrained=False,
+        )
+        start = trainer.start(samples[:1])
+        (name,) = trainer.due(start, dataset)
+        member = trainer.train_member(name, start, dataset, 1).model
+        near = all(
+            np.allclose(p.numpy(), q.numpy(), atol=1e-6)
+            for p, q in zip(member.parameters(), lively_model.parameters(), strict=True)
+        )
+        assert near == shared
+
+
+def test_eleven_members_keep_their_places(untrained_model: Any, samples: list[Structure], dataset: Dataset) -> None:
+    """Member 10 comes after member 9, so that each goes on from its own weights."""
+    from alcore.mace.training import TrainedMember
+
+    trainer = MaceTrainer(untrained_model, ModelSpec(committee=11, correction="none"), untrained=True)
+    start = trainer.start(samples[:1])
+    members = {
+        f"member-{k}": TrainedMember(
+            model=untrained_model, energy_rmse_ev=float(k), force_rmse_ev_per_ang=0.0, epochs=k, learning_rate=0.0
+        )
+        for k in range(11)
+    }
+    seen: list[int] = []
+    trainer._keep = lambda member, n: (seen.append(member.epochs), "id")[1]  # type: ignore[method-assign]
+    trainer.finish(start, members, dataset, ())
+    assert seen == list(range(11))

@@ -1,0 +1,131 @@
+"""What is labelled next: never twice, never nonsense, spread over the band."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alcore.identity import label_key
+from alcore.selection import SelectSpec, select
+from alcore.types import Band, Candidate, CommitteePrediction, FloatArray, Structure
+
+N = 9
+
+
+def key_of(structure: Structure) -> str:
+    return label_key(structure, "f")
+
+
+def _covariance(length: float = 2.0) -> FloatArray:
+    """That of a smooth function that is known at both ends."""
+    k = np.arange(N)
+    prior = 0.04 * np.exp(-0.5 * ((k[:, None] - k) / length) ** 2)
+    ends = [0, N - 1]
+    return np.asarray(
+        prior - prior[:, ends] @ np.linalg.solve(prior[np.ix_(ends, ends)] + 1e-9 * np.eye(2), prior[ends])
+    )
+
+
+def _band(energies: Any = None, **kwargs: Any) -> Band:
+    template = Structure.from_atoms(Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 4.0]]))
+    positions = np.repeat(template.positions[None], N, axis=0)
+    positions[:, 0, 0] = np.linspace(0, 3, N)
+    energies = np.sin(np.pi * np.arange(N) / (N - 1)) ** 2 if energies is None else np.array(energies)
+    sigma = np.sqrt(np.maximum(np.diag(_covariance()), 0))
+    values: dict[str, Any] = {
+        "path": "hop",
+        "template": template,
+        "positions": positions,
+        "energies_ev": energies,
+        "forces": np.zeros_like(positions),
+        "sigma_committee_ev": np.zeros(N),
+        "sigma_posterior_ev": sigma,
+        "sigma_ev": 2 * sigma,
+        "coordinate_ang": np.linspace(0, 3, N),
+        "status": "converged",
+    }
+    return Band(**{**values, **kwargs})
+
+
+def _prediction(band: Band, covariance: FloatArray | None = None) -> CommitteePrediction:
+    return CommitteePrediction(
+        energies_ev=band.energies_ev - 7.0,
+        forces=band.forces,
+        members_ev=np.zeros((0, N)),
+        by_lead_ev={"prior": band.energies_ev - 7.0},
+        covariance_ev2=_covariance() if covariance is None else covariance,
+    )
+
+
+def _pick(
+    band: Band, labelled: frozenset[str] = frozenset(), covariance: FloatArray | None = None, **spec: Any
+) -> list[Candidate]:
+    return select(band, _prediction(band, covariance), SelectSpec(**spec), key_of=key_of, labelled=labelled)
+
+
+def test_the_saddle_comes_first_and_carries_its_prediction() -> None:
+    band = _band()
+    (saddle,) = _pick(band)
+    assert (saddle.kind, saddle.image, saddle.path) == ("saddle", 4, "hop")
+    assert saddle.energy_ev == band.energies_ev[4]
+    assert saddle.sigma_ev == band.sigma_ev[4]
+    assert saddle.by_lead_ev == {"prior": pytest.approx(1.0)}
+    np.testing.assert_array_equal(saddle.structure.positions, band.positions[4])
+
+
+@pytest.mark.parametrize("status", ["max_steps", "guarded"])
+def test_a_band_that_did_not_converge_has_no_saddle_worth_a_label(status: str) -> None:
+    covariance = _covariance()
+    covariance[6, 6] += 1.0
+    (found,) = _pick(_band(status=status), covariance=covariance)
+    assert (found.kind, found.image) == ("uncertain", 6)
+
+
+def test_a_band_without_a_hump_has_no_saddle() -> None:
+    (found,) = _pick(_band(np.linspace(0, -1, N)))
+    assert found.kind == "uncertain"
+
+
+def test_the_committee_counts_as_well_as_the_posterior() -> None:
+    spread = np.zeros(N)
+    spread[7] = 1.0
+    (found,) = _pick(_band(sigma_committee_ev=spread), strategy="uncertainty")
+    assert found.image == 7
+
+
+def test_a_batch_spreads_over_the_band() -> None:
+    """Each pick teaches something of its neighbours, so the next one lies elsewhere."""
+    images = [c.image for c in _pick(_band(), labels_per_generation=3)]
+    assert images[0] == 4
+    assert len(set(images)) == 3
+    assert np.diff(np.sort(images)).min() >= 2
+
+
+@given(st.sets(st.integers(1, N - 2)), st.integers(1, 10), st.sampled_from(["saddle+uncertainty", "uncertainty"]))
+def test_nothing_labelled_and_no_end_state_is_ever_picked(done: set[int], wanted: int, strategy: Any) -> None:
+    band = _band()
+    labelled = frozenset(key_of(band.structure(k)) for k in done)
+    found = _pick(band, labelled, labels_per_generation=wanted, strategy=strategy)
+    images = [c.image for c in found]
+    assert len(images) == len(set(images)) == min(wanted, N - 2 - len(done))
+    assert not set(images) & (done | {0, N - 1})
+
+
+def test_an_unphysical_image_is_never_picked() -> None:
+    band = _band()
+    positions = band.positions.copy()
+    positions[4, 0] = [0.0, 0.0, 3.2]  # 0.8 Å from the other atom
+    crowded = replace(band, positions=positions)
+    images = [c.image for c in _pick(crowded, labels_per_generation=N)]
+    assert sorted(images) == [1, 2, 3, 5, 6, 7]
+
+
+def test_nothing_left_is_nothing_picked() -> None:
+    band = _band()
+    assert _pick(band, frozenset(key_of(band.structure(k)) for k in range(N))) == []

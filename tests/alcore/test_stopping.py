@@ -1,0 +1,193 @@
+"""Converged only if everything holds; each criterion alone stands in its way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+
+from alcore.stopping import StopSpec, budget, decide, overall, unmet
+from alcore.types import Band, BarrierEstimate, Decision, PathRecord, Residual, Structure
+
+SPEC = StopSpec(barrier_tolerance_ev=0.01, saddle_fmax_ev_per_ang=0.05, max_generations=5, max_labels=10)
+
+
+def _band(energies: list[float], sigma: float = 0.004, **kwargs: Any) -> Band:
+    n = len(energies)
+    template = Structure.from_atoms(Atoms("H", positions=[[0, 0, 0]]))
+    return Band(
+        **{
+            "path": "hop",
+            "template": template,
+            "positions": np.linspace(0, 1, n)[:, None, None] * np.array([[[1.0, 0, 0]]]),
+            "energies_ev": np.array(energies),
+            "forces": np.zeros((n, 1, 3)),
+            "sigma_committee_ev": np.zeros(n),
+            "sigma_posterior_ev": np.full(n, sigma),
+            "sigma_ev": np.array([0.0] + [sigma] * (n - 1)),
+            "coordinate_ang": np.linspace(0, 1, n),
+            "status": "converged",
+            "climbing_image": 2,
+            **kwargs,
+        }
+    )
+
+
+def _barrier(forward: float, reverse: float, sigma: float = 0.004) -> BarrierEstimate:
+    return BarrierEstimate(
+        forward_ev=forward,
+        reverse_ev=reverse,
+        reaction_energy_ev=forward - reverse,
+        spline_forward_ev=forward,
+        sigma_ev=sigma,
+        sigma_committee_ev=0.0,
+        sigma_posterior_ev=sigma,
+        saddle_image=2,
+    )
+
+
+def _residual(**kwargs: Any) -> Residual:
+    values: dict[str, Any] = {
+        "key": "saddle",
+        "path": "hop",
+        "kind": "saddle",
+        "generation": 3,
+        "predicted_ev": 0.405,
+        "labelled_ev": 0.400,
+        "sigma_committee_ev": 0.0,
+        "sigma_posterior_ev": 0.004,
+        "sigma_ev": 0.008,
+        "fmax_ev_per_ang": 0.03,
+    }
+    return Residual(**{**values, **kwargs})
+
+
+@pytest.fixture
+def settled() -> PathRecord:
+    """Everything holds."""
+    band = _band([0.0, 0.2, 0.405, 0.2, 0.1])
+    return PathRecord(
+        path="hop",
+        initial=band.template,
+        final=band.structure(4),
+        band=band,
+        barrier=_barrier(0.405, 0.305),
+        label_keys=("saddle",),
+        residuals=(_residual(),),
+        initial_label="i",
+        final_label="f",
+        initial_fmax_ev_per_ang=0.01,
+        final_fmax_ev_per_ang=0.02,
+        saddle_key="saddle",
+        verified_barrier_ev=0.400,
+        saddle_fmax_ev_per_ang=0.03,
+        barrier_std_ev=0.005,
+    )
+
+
+def test_converged_if_everything_holds(settled: PathRecord) -> None:
+    decision = decide(settled, SPEC)
+    assert (decision.stop, decision.code) == (True, "converged")
+    assert "0.400 ± 0.005 eV" in decision.reason
+    assert unmet(settled, SPEC) == []
+
+
+CRITERIA: dict[str, tuple[dict[str, Any], str]] = {
+    "no label of the initial state": ({"initial_fmax_ev_per_ang": None}, "initial state has no label"),
+    "no label of the final state": ({"final_fmax_ev_per_ang": None}, "final state has no label"),
+    "force on the initial state": ({"initial_fmax_ev_per_ang": 0.06}, "force on the initial state 0.060"),
+    "force on the final state": ({"final_fmax_ev_per_ang": 0.06}, "force on the final state 0.060"),
+    "no band": ({"band": None, "barrier": None}, "no band yet"),
+    "band ran out of steps": (
+        {"band": _band([0, 0.2, 0.405, 0.2, 0.1], status="max_steps", reason="too slow")},
+        "too slow",
+    ),
+    "band was stopped by a guard": (
+        {"band": _band([0, 0.2, 0.405, 0.2, 0.1], status="guarded", reason="flew away")},
+        "flew away",
+    ),
+    "saddle not labelled": ({"saddle_key": ""}, "saddle not labelled"),
+    "another image labelled": ({"residuals": (_residual(key="other", kind="uncertain"),)}, "saddle not labelled"),
+    "saddle was predicted too high": ({"residuals": (_residual(predicted_ev=0.412),)}, "predicted 12 meV off"),
+    "saddle was predicted too low": ({"residuals": (_residual(predicted_ev=0.388),)}, "predicted 12 meV off"),
+    "force on the saddle": ({"residuals": (_residual(fmax_ev_per_ang=0.051),)}, "force on the saddle 0.051"),
+    "uncertainty unknown": ({"barrier_std_ev": None}, "uncertainty unknown"),
+    "uncertainty too large": ({"barrier_std_ev": 0.012}, "uncertainty 12 meV"),
+    "saddle below the final state": ({"barrier": _barrier(0.405, -0.001)}, "no saddle above both"),
+    "saddle within its uncertainty of the final state": ({"barrier": _barrier(0.405, 0.004)}, "no saddle above both"),
+    "saddle within its uncertainty of the initial state": ({"barrier": _barrier(0.004, 0.405)}, "no saddle above both"),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_each_criterion_alone_prevents_convergence(criterion: str, settled: PathRecord) -> None:
+    change, says = CRITERIA[criterion]
+    record = replace(settled, **change)
+    decision = decide(record, SPEC)
+    assert decision.code != "converged"
+    missing = unmet(record, SPEC)
+    assert len(missing) == 1
+    assert says in missing[0]
+    if decision.code == "continue":
+        assert not decision.stop
+        assert says in decision.reason
+
+
+def _flat(settled: PathRecord, **kwargs: Any) -> PathRecord:
+    band = _band([0.0, 0.001, 0.002, -0.2, -0.4], **kwargs)
+    return replace(
+        settled, band=band, barrier=_barrier(0.002, 0.402), residuals=(), saddle_key="", verified_barrier_ev=None
+    )
+
+
+def test_a_hop_without_a_barrier_is_recognised(settled: PathRecord) -> None:
+    decision = decide(_flat(settled), SPEC)
+    assert (decision.stop, decision.code) == (True, "barrierless")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sigma": 0.02}, {"status": "guarded"}, {"status": "max_steps"}],
+)
+def test_an_uncertain_flat_band_is_not_called_barrierless(settled: PathRecord, change: dict[str, Any]) -> None:
+    assert decide(_flat(settled, **change), SPEC).code == "continue"
+
+
+def test_a_flat_band_between_restless_end_states_is_not_called_barrierless(settled: PathRecord) -> None:
+    assert decide(replace(_flat(settled), final_fmax_ev_per_ang=0.2), SPEC).code == "continue"
+    assert decide(replace(_flat(settled), initial_fmax_ev_per_ang=None), SPEC).code == "continue"
+
+
+@pytest.mark.parametrize(
+    ("calls", "generation", "code"),
+    [
+        (9, 4, None),
+        (10, 0, "label_budget"),
+        (11, 0, "label_budget"),
+        (0, 5, "generation_budget"),
+        (10, 5, "label_budget"),
+    ],
+)
+def test_budgets(calls: int, generation: int, code: str | None) -> None:
+    found = budget(calls, generation, SPEC)
+    assert (found.code if found else None) == code
+    assert found is None or found.stop
+
+
+def test_the_run_goes_on_until_every_hop_is_settled(settled: PathRecord) -> None:
+    going = replace(settled, path="a", decision=Decision(stop=False, code="continue", reason="not yet"))
+    done = replace(settled, path="b", decision=Decision(stop=True, code="converged", reason="fine"))
+    flat = replace(settled, path="c", decision=Decision(stop=True, code="barrierless", reason="flat"))
+    spent = Decision(stop=True, code="label_budget", reason="spent")
+    found = overall([going, done], None)
+    assert not found.stop
+    assert found.reason == "a: not yet"
+    assert overall([going, done], spent) == spent
+    assert overall([done, done], spent).code == "converged"
+    both = overall([done, flat], None)
+    assert (both.stop, both.code) == (True, "barrierless")
+    assert "b: fine" in both.reason
+    assert "c: flat" in both.reason
