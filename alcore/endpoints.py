@@ -215,7 +215,7 @@ def check_pair(pair: EndpointPair) -> None:
 
 def swapped_atoms(pair: EndpointPair) -> list[int]:
     """Atoms that another order of like atoms would bring home: if that more than halves the length of the path, or if
-    they only change places with each other. Two that do so while nothing else moves are a mechanism, direct exchange."""
+    they only change places with each other. Two that do so while nothing else moves are a mechanism: exchange."""
     first, last = pair.initial, pair.final
     partner = np.arange(len(first))
     for z in np.unique(first.numbers):

@@ -2,8 +2,9 @@
 
 Two raw sigmas are kept apart: the committee's spread and the correction's posterior. They are combined in quadrature
 and multiplied by one factor, learned from the loop's own residuals: each label is predicted before it is trained on,
-so |error| / sigma is a fair test. The label noise is added after that. The factor is the posterior mean scale of a Gaussian error model with
-an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6), so one lucky label does not make it small.
+so |error| / sigma is a fair test. The label noise is added after that. The factor is the posterior mean scale of a
+Gaussian error model with an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6), so one lucky label
+does not make it small.
 """
 
 from __future__ import annotations
