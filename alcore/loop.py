@@ -139,7 +139,7 @@ def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: 
         pairs={pair.name: pair for pair in pairs},
         asked={label.key: ("data", replace(label, reused=True)) for label in given},
         dataset=grow(Dataset(), given),
-        surrogate=shop.trainer.start(samples),
+        surrogate=shop.trainer.start(samples, [state for pair in pairs for state in (pair.initial, pair.final)]),
     )
     for label in given:
         shop.store.save_label(label, spec.run)

@@ -171,7 +171,7 @@ def closest_contact(structure: Structure) -> tuple[int, int, float] | None:
     radii = covalent_radii[structure.numbers]
     reach = 2.0 * float(radii.max())
     atoms = structure.to_atoms()
-    i, j, distance = neighbour_list("ijd", atoms=_boxed(atoms), cutoff=reach)
+    i, j, distance = neighbour_list("ijd", atoms=roomy(atoms), cutoff=reach)
     if not len(i):
         return None
     ratio = distance / (radii[i] + radii[j])
@@ -179,7 +179,7 @@ def closest_contact(structure: Structure) -> tuple[int, int, float] | None:
     return int(i[k]), int(j[k]), float(ratio[k])
 
 
-def _boxed(atoms: Atoms) -> Atoms:
+def roomy(atoms: Atoms) -> Atoms:
     """A copy with a roomy cell along open directions, which the neighbour list needs."""
     box: Atoms = atoms.copy()
     if not box.pbc.all():

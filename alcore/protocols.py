@@ -51,8 +51,9 @@ class Surrogate(Potential, Protocol):
 class Trainer(Protocol[SurrogateT]):
     """Makes the next surrogate from the labels so far, member by member so that members can be trained side by side."""
 
-    def start(self, samples: Sequence[Structure]) -> SurrogateT:
-        """The surrogate that has seen no label; ``samples`` show which environments will occur."""
+    def start(self, samples: Sequence[Structure], ends: Sequence[Structure] = ()) -> SurrogateT:
+        """The surrogate that has seen no label; ``samples`` show which environments will occur, ``ends`` are
+        the end states."""
         ...
 
     def due(self, surrogate: SurrogateT, dataset: Dataset) -> list[str]:

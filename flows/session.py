@@ -141,8 +141,8 @@ def run_session(
 
 @contextmanager
 def _ctrl_c_ends(labeler: LocalLabeler) -> Iterator[None]:
-    """Threads that wait for a label do not hear of Ctrl-C, and whoever runs them waits for them: so what they wait for is
-    ended, too. From another thread, because the handler may interrupt one that holds the labeler's locks."""
+    """Threads that wait for a label do not hear of Ctrl-C, and the runner waits for them: end what they wait for, too.
+    In another thread, because the handler may interrupt one that holds the labeler's locks."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

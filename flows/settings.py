@@ -144,7 +144,7 @@ class ExecutorSettings(Section):
 class TrainingOptions(Section):
     """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` has the same names and defaults."""
 
-    epochs: int = Field(default=80, ge=1, description="of the first training of a member")
+    epochs: int = Field(default=150, ge=1, description="of the first training of a member")
     warm_epochs: int = Field(default=40, ge=1, description="of later ones, which start from the last weights")
     learning_rate: float = Field(default=0.01, gt=0, description="peak of the one-cycle schedule")
     energy_weight_per_ev2: float = Field(default=20.0, ge=0, description="1/eV²; on the squared relative total energy")

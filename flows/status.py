@@ -82,7 +82,7 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> Table:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("run", "status", "generations", "labels", "barriers / eV", "started (UTC)", "why"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "status")
     for row in rows:
         table.add_row(
             row["name"],

@@ -132,7 +132,7 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
 
     device = pick_device(settings.device)
     if settings.foundation is None:
-        name = f"untrained MACE (seed {seed}), which has seen no reference data"
+        name = f"untrained MACE (seed {seed}) on an elastic network of the end states, which has seen no reference data"
         return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
     model = load_foundation(settings.foundation, device=device)
     check_elements(model, numbers)

@@ -13,7 +13,9 @@ from alcore.correction import Correction, Design, fit_correction
 from alcore.mace.features import RandomFeatures, element_index, invariant_columns, make_features
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import model_elements
-from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Structure
+from alcore.mace.network import ElasticNetwork, network_key
+from alcore.protocols import Potential
+from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Structure, frozen_array
 
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
@@ -39,6 +41,7 @@ class MaceSurrogate:
             members.
         rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they
             stay true).
+        networks: what is known of each set of atoms before any label, under every model (``network.ElasticNetwork``).
         notes: how it was made, for ``describe``.
     """
 
@@ -48,6 +51,7 @@ class MaceSurrogate:
     features: RandomFeatures | None = None
     correction: Correction | None = None
     rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+    networks: Mapping[bytes, ElasticNetwork] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -127,7 +131,14 @@ class MaceSurrogate:
                 phi, seen_prior = self._phi(out["node_feats"], template, n_images), True
         if self.features is not None and not seen_prior and self.correction is not None:
             phi = self._phi(self.prior(graph, compute_force=False)["node_feats"], template, n_images)
-        return torch.stack(energies), phi
+        return torch.stack(energies) + self._host(template, graph, n_images), phi
+
+    def _host(self, template: Structure, graph: dict[str, torch.Tensor], n_images: int) -> torch.Tensor:
+        """Energy of the elastic network under every model, ``(n_images,)``; zero where these atoms have none."""
+        network = self.networks.get(network_key(template))
+        if network is None:
+            return self.like.new_zeros(n_images)
+        return network.energies(graph["positions"].reshape(n_images, -1, 3))
 
     @staticmethod
     def _forces(energies: torch.Tensor, graph: dict[str, torch.Tensor]) -> FloatArray:
@@ -178,10 +189,16 @@ def _numpy(tensor: torch.Tensor) -> FloatArray:
 
 
 def make_surrogate(
-    prior: Any, samples: Sequence[Structure], rng: np.random.Generator, *, per_element: int = 256, correct: bool = True
+    prior: Any,
+    samples: Sequence[Structure],
+    rng: np.random.Generator,
+    *,
+    per_element: int = 256,
+    correct: bool = True,
+    networks: Mapping[bytes, ElasticNetwork] | None = None,
 ) -> MaceSurrogate:
     """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands)."""
-    bare = MaceSurrogate(prior=prior)
+    bare = MaceSurrogate(prior=prior, networks=networks or {})
     if not correct:
         return bare
     descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
@@ -205,24 +222,45 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
         groups=np.array([kinds[c] for c in compositions]),
         forces=np.concatenate([rows[label.key][1][mask] for label, mask in zip(dataset.labels, free, strict=True)]),
     )
-    energies, forces = model_residuals((surrogate.prior, *surrogate.members), dataset.labels, free)
+    energies, forces = model_residuals(surrogate, dataset.labels, free)
     correction = fit_correction(design, energies, forces, energies[0], forces[0])
     return replace(surrogate, correction=correction, rows=rows)
 
 
 def model_residuals(
-    models: Sequence[Any], labels: Sequence[Label], free: Sequence[Any]
+    surrogate: MaceSurrogate, labels: Sequence[Label], free: Sequence[Any]
 ) -> tuple[FloatArray, FloatArray]:
-    """Label minus bare model: energies ``(n_models, n_labels)`` in eV, free forces ``(n_models, n_rows)`` in eV/Å."""
+    """Label minus each bare model (the prior, then the members): energies ``(n_models, n_labels)`` in eV, free forces
+    ``(n_models, n_rows)`` in eV/Å."""
     energies, forces = [], []
-    for model in models:
-        alone = MaceSurrogate(prior=model)
-        e_row, f_row = [], []
-        for label, mask in zip(labels, free, strict=True):
-            energy, force = alone.evaluate(label.structure, label.structure.positions[None])
-            assert label.energy_ev is not None and label.forces is not None
-            e_row.append(label.energy_ev - float(energy[0]))
-            f_row.append((label.forces - force[0]).ravel()[mask])
-        energies.append(e_row)
-        forces.append(np.concatenate(f_row))
+    for model in (surrogate.prior, *surrogate.members):
+        alone = MaceSurrogate(prior=model, networks=surrogate.networks)
+        left = [left_over(alone, label) for label in labels]
+        energies.append([energy for energy, _ in left])
+        forces.append(np.concatenate([force.ravel()[mask] for (_, force), mask in zip(left, free, strict=True)]))
     return np.array(energies), np.array(forces)
+
+
+def left_over(potential: Potential, label: Label) -> tuple[float, FloatArray]:
+    """Label minus potential: energy in eV and forces ``(n_atoms, 3)`` in eV/Å."""
+    energy, force = potential.evaluate(label.structure, label.structure.positions[None])
+    assert label.energy_ev is not None and label.forces is not None
+    return label.energy_ev - float(energy[0]), label.forces - force[0]
+
+
+def without_network(surrogate: MaceSurrogate, dataset: Dataset) -> Dataset:
+    """What MACE itself has to learn: the labels minus the elastic network."""
+    return Dataset(labels=tuple(_bare(label, surrogate.networks) for label in dataset.labels))
+
+
+def _bare(label: Label, networks: Mapping[bytes, ElasticNetwork]) -> Label:
+    network = networks.get(network_key(label.structure))
+    if network is None:
+        return label
+    positions = torch.tensor(label.structure.positions[None], requires_grad=True)
+    energy = network.energies(positions)
+    (gradient,) = torch.autograd.grad(energy.sum(), positions)
+    assert label.energy_ev is not None and label.forces is not None
+    return replace(
+        label, energy_ev=label.energy_ev - float(energy[0]), forces=frozen_array(label.forces + _numpy(gradient[0]))
+    )

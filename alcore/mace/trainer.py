@@ -10,7 +10,8 @@ import numpy as np
 
 from alcore.errors import TrainingError
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
-from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction
+from alcore.mace.network import make_networks
+from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction, without_network
 from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
 from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Structure
 
@@ -73,15 +74,21 @@ class MaceTrainer:
         self._save, self._load = save_model, load_model
         self._prior_sha = weights_sha256(prior)
 
-    def start(self, samples: Sequence[Structure]) -> MaceSurrogate:
-        """The surrogate that has seen no label; features standardised on rattled ``samples``."""
+    def start(self, samples: Sequence[Structure], ends: Sequence[Structure] = ()) -> MaceSurrogate:
+        """The surrogate that has seen no label; features standardised on rattled ``samples``. Under an untrained
+        prior lies the elastic network of the end states."""
         rng = np.random.default_rng([self.spec.seed, 1])
         rattled = [
             s.moved(s.positions + np.where(s.fixed, 0.0, RATTLE_ANG * rng.standard_normal(s.positions.shape)))
             for s in samples
         ]
         surrogate = make_surrogate(
-            self.prior, rattled, rng, per_element=self.spec.features_per_element, correct=self.spec.correction == "blr"
+            self.prior,
+            rattled,
+            rng,
+            per_element=self.spec.features_per_element,
+            correct=self.spec.correction == "blr",
+            networks=make_networks(ends) if self.untrained else {},
         )
         notes = {
             "prior": self._prior_sha,
@@ -119,7 +126,7 @@ class MaceTrainer:
         weights: FloatArray = np.random.default_rng([self.spec.seed, generation, k]).exponential(size=len(dataset))
         # Never below a third: with a handful of labels a member that ignores one is no member.
         weights = np.maximum(weights / weights.mean(), 1 / 3)
-        return fine_tune(model, dataset, self.spec.train, weights=weights, warm=warm)
+        return fine_tune(model, without_network(surrogate, dataset), self.spec.train, weights=weights, warm=warm)
 
     def finish(
         self,

@@ -30,7 +30,7 @@ class TrainSpec:
         clip_norm: of the gradient.
     """
 
-    epochs: int = 80
+    epochs: int = 150
     warm_epochs: int = 40
     learning_rate: float = 0.01
     energy_weight_per_ev2: float = 20.0

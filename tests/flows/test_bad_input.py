@@ -22,6 +22,8 @@ from alcore.mace.models import build_model
 from flows.cli import app
 from flows.session import open_record_store
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*loaded with pickle.*")
+
 NAME = "bad"
 
 

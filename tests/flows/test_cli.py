@@ -264,6 +264,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
             index=0,
             paths=(record,),
             label_keys=(first.key, second.key),
+            kinds={first.key: "initial", second.key: "final", "failed": "endpoint"},
             n_reference_calls=3,
             decision=Decision(stop=False, code="continue", reason="settling the end states"),
         )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from alcore.types import GenerationRecord, RunRecord
 from flows.cli import app
 from flows.runfile import load_run_file
 from flows.session import RunOutcome, open_record_store, run_session
+from flows.settings import StoreSettings
 from storage.mongod import find_mongod
 
 FIRST_TWO = {"stop": {"max_generations": 1}}
@@ -312,3 +313,29 @@ def test_a_password_is_neither_stored_nor_printed(guarded_uri: str, hop: Any, ho
     assert not [text for text in said if "s3cret" in text]
     with closing(open_record_store(None)) as store:
         assert store.load_run("secret") is None, "its place is where the run file says, not the embedded database"
+
+
+def test_prefect_does_not_learn_the_password_either(
+    prefect_api: str, guarded_uri: str, hop: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    monkeypatch.setattr("flows.services.connected", lambda say: nullcontext())  # the session's server runs already
+    file = hop.run_file("guarded", store={"mongodb_uri": guarded_uri}, stop={"max_generations": 1, "max_labels": 2})
+    result = al_loop("run", file)
+    assert result.exit_code == 3, result.output
+    assert hop.calls("guarded") == 2
+    with get_client(sync_client=True) as client:
+        (flow_run,) = [run for run in client.read_flow_runs() if run.name == "guarded"]
+        logs = client.read_logs()
+        artifacts = client.read_artifacts()
+    assert flow_run.parameters["settings"]["name"] == "guarded"
+    assert flow_run.state is not None
+    assert flow_run.state.is_completed()
+    said = [result.output, flow_run.model_dump_json(), *(str(thing) for thing in [*logs, *artifacts])]
+    assert not [text for text in said if "s3cret" in text]
+    assert "AL_LOOP_MONGODB_URI" not in os.environ
+    with closing(open_record_store(StoreSettings(mongodb_uri=guarded_uri))) as store:
+        record = store.load_run("guarded")
+    assert record is not None
+    assert record.status == "budget_spent"

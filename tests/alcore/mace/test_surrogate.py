@@ -12,7 +12,7 @@ import pytest
 from alcore.mace.models import build_model
 from alcore.mace.surrogate import MaceSurrogate, make_surrogate, model_residuals, with_correction
 from alcore.neb import NebSpec, interpolate
-from alcore.types import Dataset, EndpointPair, FloatArray, Label
+from alcore.types import Dataset, EndpointPair, FloatArray, Label, Structure
 from alcore.uncertainty import relative_sigmas
 
 FORCE_EV_PER_ANG = 2e-5
@@ -208,3 +208,38 @@ def test_residuals_are_label_minus_model(labels: tuple[Label, ...], bare: MaceSu
         assert energies[0, k] == pytest.approx(label.energy_ev - energy[0])
     assert label.forces is not None
     np.testing.assert_allclose(forces[0][-len(free[-1]) :], (label.forces - force[0]).ravel()[free[-1]], atol=1e-10)
+
+
+def test_zero_of_another_composition_does_not_matter(
+    bare: MaceSurrogate,
+    labels: tuple[Label, ...],
+    au_pair: EndpointPair,
+    band: FloatArray,
+    label_of: Callable[..., Label],
+) -> None:
+    """Data of the bare slab teach forces; their energies have a zero of their own."""
+    whole = au_pair.initial
+    slab = replace(whole, numbers=whole.numbers[:-1], positions=whole.positions[:-1], fixed=whole.fixed[:-1])
+    found = []
+    for shift in (0.0, 500.0):
+        given = (*labels, label_of(slab, energy_shift_ev=shift))
+        energies = with_correction(bare, Dataset(labels=given)).evaluate(whole, band)[0]
+        found.append(energies - energies[0])
+    np.testing.assert_allclose(found[1], found[0], atol=EVIDENCE_EV)
+    truth = np.array([label.energy_ev for label in labels])
+    np.testing.assert_allclose(found[0][[0, 2, 3, 6]], truth - truth[0], atol=LABEL_NOISE_EV)
+
+
+def test_elements_without_features_are_left_to_the_model(
+    lively_model: Any, geometries: dict[str, tuple[Structure, FloatArray]]
+) -> None:
+    """Data of an element that no hop contains: nothing breaks, and the correction has nothing to say."""
+    copper, places = geometries["crystal"]
+    water, water_places = geometries["molecule without cell"]
+    samples = [copper.moved(p) for p in places]
+    surrogate = make_surrogate(lively_model, samples, np.random.default_rng(0), per_element=8)
+    phi, rows = surrogate.feature_rows(water.moved(water_places[0]))
+    assert phi.shape == (8,)
+    assert rows.shape == (9, 8)
+    assert not phi.any()
+    assert not rows.any()

@@ -1,0 +1,113 @@
+"""An elastic network between atoms that stay neighbours: what two end states say about the host before any label.
+
+E = Σ ½ k (r − r₀)², over pairs whose distance is nearly the same in all end states, with k falling as the sixth power
+of the distance (Tirion, Phys. Rev. Lett. 77, 1905 (1996); Yang, Song and Jernigan, PNAS 106, 12347 (2009)). It keeps a
+soft host together while nothing is known yet; the correction and the committee learn what it leaves unexplained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+from ase.geometry import complete_cell
+
+from alcore.types import BoolArray, FloatArray, IntArray, Structure
+
+STIFFNESS_EV_PER_ANG2 = 2.0
+"""Of a bond as long as the sum of covalent radii: between a metal's and a covalent crystal's."""
+REACH = 1.7
+"""Longest pair, in sums of covalent radii; (1/1.7)⁶ is 4 % of a bond's stiffness."""
+SAME_DISTANCE = 0.1
+"""Largest relative change of a pair's distance between end states."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ElasticNetwork:
+    """Springs of one set of atoms.
+
+    Attributes:
+        first, second: atoms of each pair, ``(n_pairs,)``.
+        shifts_ang: lattice vector added to the second atom, ``(n_pairs, 3)``.
+        home_ang: the first end state's positions, by which wrapped atoms are unwrapped, ``(n_atoms, 3)``.
+        cell, pbc: of that state.
+        rest_ang: r₀, the mean distance over the end states.
+        stiffness_ev_per_ang2: k of each pair.
+    """
+
+    first: IntArray
+    second: IntArray
+    shifts_ang: FloatArray
+    home_ang: FloatArray
+    cell: FloatArray
+    pbc: BoolArray
+    rest_ang: FloatArray
+    stiffness_ev_per_ang2: FloatArray
+
+    def energies(self, positions: torch.Tensor) -> torch.Tensor:
+        """Energies in eV ``(n_images,)`` of ``positions`` ``(n_images, n_atoms, 3)`` in Å, differentiable."""
+        if not len(self.first):
+            return positions.sum(dim=(1, 2)) * 0.0
+        first, second = torch.as_tensor(self.first), torch.as_tensor(self.second)
+        unwrapped = positions - positions.new_tensor(self._wraps(positions.detach().cpu().numpy()))
+        gap = unwrapped[:, second] + positions.new_tensor(self.shifts_ang) - unwrapped[:, first]
+        stretch = torch.linalg.vector_norm(gap, dim=2) - positions.new_tensor(self.rest_ang)
+        return (0.5 * positions.new_tensor(self.stiffness_ev_per_ang2) * stretch**2).sum(dim=1)
+
+    def _wraps(self, positions: FloatArray) -> FloatArray:
+        """Lattice vectors by which atoms lie elsewhere than in the first end state, same shape as ``positions``."""
+        if not self.pbc.any():
+            return np.zeros_like(positions)
+        fractional = (positions - self.home_ang) @ np.linalg.inv(complete_cell(self.cell))
+        return np.asarray(np.where(self.pbc, np.round(fractional), 0.0) @ self.cell)
+
+
+def network_key(structure: Structure) -> bytes:
+    """Structures with equal keys share a network: the same atoms in the same order in the same cell."""
+    return structure.numbers.tobytes() + np.round(structure.cell, 3).tobytes()
+
+
+def make_network(ends: Sequence[Structure]) -> ElasticNetwork:
+    """The network of end states that share a key (of one hop, or of several in the same host), all unwrapped alike."""
+    from matscipy.neighbours import neighbour_list
+
+    from alcore.neb import roomy
+
+    first_state = ends[0]
+    radii = covalent_radii[first_state.numbers]
+    i, j, offsets, distance = neighbour_list(
+        "ijSd", atoms=roomy(first_state.to_atoms()), cutoff=REACH * 2 * float(radii.max())
+    )
+    bonded = (distance < REACH * (radii[i] + radii[j])) & ((i < j) | ((i == j) & _upper(offsets)))
+    i, j, shifts = i[bonded], j[bonded], offsets[bonded] @ first_state.cell
+    lengths = np.array([np.linalg.norm(s.positions[j] + shifts - s.positions[i], axis=1) for s in ends])
+    rest = lengths.mean(axis=0)
+    steady = np.ptp(lengths, axis=0) < SAME_DISTANCE * rest
+    stiffness = STIFFNESS_EV_PER_ANG2 * ((radii[i] + radii[j]) / rest) ** 6
+    return ElasticNetwork(
+        first=i[steady],
+        second=j[steady],
+        shifts_ang=shifts[steady],
+        home_ang=first_state.positions,
+        cell=first_state.cell,
+        pbc=first_state.pbc,
+        rest_ang=rest[steady],
+        stiffness_ev_per_ang2=np.minimum(stiffness, STIFFNESS_EV_PER_ANG2)[steady],
+    )
+
+
+def make_networks(ends: Sequence[Structure]) -> dict[bytes, ElasticNetwork]:
+    """One network a set of atoms."""
+    groups: dict[bytes, list[Structure]] = {}
+    for structure in ends:
+        groups.setdefault(network_key(structure), []).append(structure)
+    return {key: make_network(group) for key, group in groups.items()}
+
+
+def _upper(offsets: IntArray) -> BoolArray:
+    """True for one of each pair of opposite lattice offsets (an atom and its own image)."""
+    lead = np.array([next((x for x in row if x), 0) for row in offsets])
+    return np.asarray(lead > 0)
