@@ -99,7 +99,7 @@ def prior_of(run: RunRecord, surrogate: Mapping[str, Any]) -> dict[str, Any]:
         taught = (teacher.get("settings") or {}).get("model") if teacher.get("name") == "mace" else None
         if taught is not None and str(taught) == str(foundation):
             text = f"foundation model {foundation}, which is also the teacher: this run proves nothing"
-    stated = surrogate.get("prior_description")
+    stated = surrogate.get("prior_name")
     return {
         "description": str(stated) if stated else text,
         "foundation": foundation,
