@@ -16,6 +16,8 @@ from alcore.types import FloatArray, IntArray
 
 ENERGY_NOISE_EV = 1.0e-3
 """Noise of a reference energy, and the floor of what features can represent."""
+NOISE_LENGTH_ANG = 0.05
+"""What the features cannot represent in forces they cannot in energies either: energy noise per force noise."""
 FORCE_NOISE_FLOOR = 5.0e-3
 """eV/Å; forces of a converged calculation are rarely better."""
 
@@ -28,11 +30,15 @@ class Design:
         energy: features of each labelled structure, ``(n_labels, n_features)``.
         groups: composition each label belongs to (each has an offset of its own), ``(n_labels,)``.
         forces: −∂φ/∂x for every free coordinate of every label, ``(n_force_rows, n_features)``.
+        energy_looseness, force_looseness: factor on the noise of each row, ``(n_labels,)`` and ``(n_force_rows,)``: a
+            geometry far from any path need not be reproduced as well as one on it.
     """
 
     energy: FloatArray
     groups: IntArray
     forces: FloatArray
+    energy_looseness: FloatArray
+    force_looseness: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,14 +65,20 @@ class Correction:
         return np.asarray(features @ self.covariance @ features.T)
 
 
-def _centred(design: Design, values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Energy rows and values with each composition's mean removed (its offset profiled out)."""
-    rows, residual = np.array(design.energy), np.array(values)
+def _whitened(design: Design, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Energy rows and values over their looseness, each composition's weighted mean (its offset) removed."""
+    rows, residual, loose = np.array(design.energy), np.array(values), design.energy_looseness
     for group in np.unique(design.groups):
         mine = design.groups == group
-        rows[mine] -= rows[mine].mean(axis=0)
-        residual[..., mine] -= residual[..., mine].mean(axis=-1, keepdims=True)
-    return rows, residual
+        weight = loose[mine] ** -2.0 / (loose[mine] ** -2.0).sum()
+        rows[mine] -= weight @ rows[mine]
+        residual[..., mine] -= (residual[..., mine] @ weight)[..., None]
+    return rows / loose[:, None], residual / loose
+
+
+def energy_noise_ev(force_noise_ev_per_ang: float) -> float:
+    """Noise of an energy on a path, from that of the forces."""
+    return float(np.hypot(ENERGY_NOISE_EV, NOISE_LENGTH_ANG * force_noise_ev_per_ang))
 
 
 def fit_correction(
@@ -86,37 +98,42 @@ def fit_correction(
             ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of
             labels a model was trained on are small for the wrong reason.
     """
-    rows, unseen_energy = _centred(design, unseen_energy_residuals_ev)
-    gram_energy, gram_force = rows.T @ rows / ENERGY_NOISE_EV**2, design.forces.T @ design.forces
-    dof = len(rows) - len(np.unique(design.groups))
-    moments = (rows.T @ unseen_energy / ENERGY_NOISE_EV**2, design.forces.T @ unseen_force_residuals)
-    squares = (
-        float(unseen_energy @ unseen_energy) / ENERGY_NOISE_EV**2,
-        float(unseen_force_residuals @ unseen_force_residuals),
-    )
-    n_features, n_forces = rows.shape[1], len(design.forces)
+    rows, unseen_energy = _whitened(design, unseen_energy_residuals_ev)
+    force_rows = design.forces / design.force_looseness[:, None]
+    unseen_force = unseen_force_residuals / design.force_looseness
+    gram_energy, gram_force = rows.T @ rows, force_rows.T @ force_rows
+    moment_energy, moment_force = rows.T @ unseen_energy, force_rows.T @ unseen_force
+    square_energy, square_force = float(unseen_energy @ unseen_energy), float(unseen_force @ unseen_force)
+    n_features, n_forces, dof = rows.shape[1], len(force_rows), len(rows) - len(np.unique(design.groups))
+
+    def precision_of(alpha: float, noise: float) -> FloatArray:
+        return gram_energy / energy_noise_ev(noise) ** 2 + gram_force / noise**2 + alpha * np.eye(n_features)
 
     def negative_log_evidence(log_hyper: FloatArray) -> float:
         alpha, noise = np.exp(log_hyper[0]), np.exp(log_hyper[1])
-        factor = linalg.cho_factor(gram_energy + gram_force / noise**2 + alpha * np.eye(n_features), lower=True)
-        moment = moments[0] + moments[1] / noise**2
-        misfit = squares[0] + squares[1] / noise**2 - moment @ linalg.cho_solve(factor, moment)
+        energy_noise = energy_noise_ev(noise)
+        factor = linalg.cho_factor(precision_of(alpha, noise), lower=True, overwrite_a=True)
+        moment = moment_energy / energy_noise**2 + moment_force / noise**2
+        misfit = square_energy / energy_noise**2 + square_force / noise**2 - moment @ linalg.cho_solve(factor, moment)
         log_det = 2 * np.log(np.diag(factor[0])).sum()
-        log_noise = 2 * dof * np.log(ENERGY_NOISE_EV) + 2 * n_forces * log_hyper[1]
+        log_noise = 2 * dof * np.log(energy_noise) + 2 * n_forces * log_hyper[1]
         return float(0.5 * (misfit + log_det - n_features * log_hyper[0] + log_noise))
 
     bounds = [(np.log(1e-4), np.log(100.0)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
     best = min(
         (
             optimize.minimize(negative_log_evidence, [np.log(alpha), np.log(0.02)], bounds=bounds, method="L-BFGS-B")
-            for alpha in (0.1, 10.0, 1000.0)
+            for alpha in (0.1, 10.0)
         ),
         key=lambda result: float(result.fun),
     )
     alpha, noise = float(np.exp(best.x[0])), float(np.exp(best.x[1]))
-    factor = linalg.cho_factor(gram_energy + gram_force / noise**2 + alpha * np.eye(n_features), lower=True)
-    _, member_energy = _centred(design, energy_residuals_ev)
-    moment = member_energy @ rows / ENERGY_NOISE_EV**2 + force_residuals @ design.forces / noise**2
+    factor = linalg.cho_factor(precision_of(alpha, noise), lower=True)
+    _, energies = _whitened(design, energy_residuals_ev)
+    moment = (
+        energies @ rows / energy_noise_ev(noise) ** 2
+        + (force_residuals / design.force_looseness) @ force_rows / noise**2
+    )
     return Correction(
         weights=linalg.cho_solve(factor, moment.T).T,
         covariance=linalg.cho_solve(factor, np.eye(n_features)),

@@ -35,7 +35,7 @@ from alcore.types import (
     PathRecord,
     Residual,
 )
-from alcore.uncertainty import calibrate, calibrated, relative_sigmas
+from alcore.uncertainty import calibrate, calibrated, of_lead, relative_sigmas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,8 +403,10 @@ def _with_std(record: PathRecord, surrogate: Any, calibration: Calibration, tole
         miss = abs(saddle.error_ev) if saddle else 0.0
         return replace(record, barrier_std_ev=max(record.barrier.sigma_ev, miss))
     ends = np.stack([record.band.positions[0], record.band.positions[record.barrier.saddle_image]])
-    committee, posterior = relative_sigmas(surrogate.predict(record.band.template, ends))
-    return replace(record, barrier_std_ev=float(calibrated(committee, posterior, calibration)[1]))
+    prediction = surrogate.predict(record.band.template, ends)
+    committee, posterior = relative_sigmas(prediction)
+    std = calibrated(of_lead(committee, prediction.lead), posterior, calibration)[1]
+    return replace(record, barrier_std_ev=float(std))
 
 
 def _given_up(state: LoopState, record: PathRecord, probe: Probe) -> Decision | None:

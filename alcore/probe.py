@@ -24,7 +24,7 @@ from alcore.types import (
     PathRecord,
     Structure,
 )
-from alcore.uncertainty import calibrated, relative_sigmas
+from alcore.uncertainty import calibrated, of_lead, relative_sigmas
 
 MAX_END_STATE_TRIES = 12
 """Relaxed end states that may be labelled for one hop before it is given up."""
@@ -159,10 +159,10 @@ def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> 
 
 
 def _doubt(pair: EndpointPair, surrogate: Surrogate, start: FloatArray) -> Callable[[FloatArray], str]:
-    """Stops a relaxation that leaves what the labels know: raw sigma above a floor and above what it began with."""
+    """Stops a relaxation that leaves what the labels know: posterior sigma above a floor and above the start's."""
 
     def largest(positions: FloatArray) -> tuple[int, float]:
-        sigma = np.hypot(*relative_sigmas(surrogate.predict(pair.initial, positions)))
+        _, sigma = relative_sigmas(surrogate.predict(pair.initial, positions))
         return int(sigma.argmax()), float(sigma.max())
 
     limit = max(DOUBT_EV, DOUBT_GROWTH * largest(start)[1])
@@ -181,7 +181,7 @@ def relaxed_band(
     relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards, _doubt(pair, surrogate, start))
     prediction = surrogate.predict(pair.initial, relaxed.positions)
     committee, posterior = relative_sigmas(prediction)
-    sigma = calibrated(committee, posterior, spec.calibration)
+    sigma = calibrated(of_lead(committee, prediction.lead), posterior, spec.calibration)
     sigma[0] = 0.0  # the initial state is the zero of energy
     band = Band(
         path=pair.name,

@@ -10,6 +10,7 @@ import numpy as np
 
 from alcore.neb import Guards, closest_contact
 from alcore.types import Band, Candidate, CommitteePrediction, LabelKind, Structure
+from alcore.uncertainty import of_lead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def select(
     keys = {k: key_of(band.structure(k)) for k in range(1, len(band.positions) - 1)}
     open_images = [k for k, key in keys.items() if key not in labelled and _sound(band.structure(k), limits)]
     variance = np.array(prediction.covariance_ev2)
-    spread = np.square(band.sigma_committee_ev)
+    spread = np.square(of_lead(band.sigma_committee_ev, prediction.lead))
     picked: list[Candidate] = []
 
     def take(image: int, kind: LabelKind) -> None:

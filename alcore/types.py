@@ -150,6 +150,7 @@ class CommitteePrediction:
         forces: its forces in eV/Å, ``(n_images, n_atoms, 3)``.
         members_ev: each member's energy, ``(n_members, n_images)``; no rows before there is a committee.
         by_lead_ev: energy of each surface that could lead (``prior``, ``committee``), ``(n_images,)`` each.
+        lead: the one that does: ``energies_ev`` are its.
         covariance_ev2: posterior covariance of the energies relative to the first geometry, ``(n_images, n_images)``;
             uncalibrated.
     """
@@ -159,6 +160,7 @@ class CommitteePrediction:
     members_ev: FloatArray
     by_lead_ev: Mapping[str, FloatArray]
     covariance_ev2: FloatArray
+    lead: str = "prior"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -371,6 +373,13 @@ class Residual:
     @property
     def error_ev(self) -> float:
         return self.predicted_ev - self.labelled_ev
+
+    @property
+    def lead(self) -> str:
+        """The surface that predicted: the one whose prediction was stated."""
+        return min(
+            self.by_lead_ev, key=lambda name: abs(self.by_lead_ev[name] - self.predicted_ev), default="committee"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,11 @@ def relative_sigmas(prediction: CommitteePrediction, anchor: int = 0) -> tuple[F
     return (members - members[:, [anchor]]).std(axis=0, ddof=1), posterior
 
 
+def of_lead(committee_ev: FloatArray, lead: str) -> FloatArray:
+    """The committee's spread where the committee leads, else zero: it says nothing about a surface it is no part of."""
+    return committee_ev if lead == "committee" else np.zeros_like(committee_ev)
+
+
 def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float) -> FloatArray:
     """Raw sigma: both parts and the label noise in quadrature, eV."""
     return np.asarray(np.sqrt(np.square(committee_ev) + np.square(posterior_ev) + ENERGY_NOISE_EV**2))
@@ -40,7 +45,7 @@ def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float)
 
 def calibrate(residuals: Sequence[Residual]) -> Calibration:
     """The factor that makes ``residuals`` look Gaussian; the more there are, the less the default counts."""
-    scores = np.array([r.error_ev / float(combined(r.sigma_committee_ev, r.sigma_posterior_ev)) for r in residuals])
+    scores = np.array([r.error_ev / float(combined(_committee(r), r.sigma_posterior_ev)) for r in residuals])
     factor = float(np.sqrt((PRIOR_WEIGHT * PRIOR_FACTOR**2 + (scores**2).sum()) / (PRIOR_WEIGHT + len(scores))))
     if not len(scores):
         return Calibration(
@@ -52,6 +57,10 @@ def calibrate(residuals: Sequence[Residual]) -> Calibration:
         n_residuals=len(scores),
         source=f"{len(scores)} own residuals (rms z {rms:.1f}) on a default of {PRIOR_FACTOR:g}",
     )
+
+
+def _committee(residual: Residual) -> float:
+    return residual.sigma_committee_ev if residual.lead == "committee" else 0.0
 
 
 def calibrated(

@@ -58,6 +58,7 @@ def _run(config: str | None, settings: RunSettings | None, name: str | None) -> 
         )
     resolved = resolve_settings(config, settings, name)
     from flows.session import run_session
+    from flows.wiring import at_once
 
     def on_generation(run: RunRecord, generations: Sequence[GenerationRecord], labels: Mapping[str, Label]) -> None:
         try:
@@ -67,7 +68,7 @@ def _run(config: str | None, settings: RunSettings | None, name: str | None) -> 
 
     outcome = run_session(
         resolved,
-        runner=PrefectRunner({"label": resolved.executor.workers}),
+        runner=PrefectRunner(at_once(resolved)),
         on_generation=on_generation,
         log=log.info,
     )

@@ -22,6 +22,11 @@ def data_dir() -> Path:
     return user_data_path("al-loop", appauthor=False)
 
 
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def mongodb_uri_from_env() -> str | None:
     """The MongoDB the user named in ``AL_LOOP_MONGODB_URI``, or None."""
     return os.environ.get(MONGODB_VARIABLE) or None

@@ -130,7 +130,7 @@ def run_session(
                     log=log,
                 )
                 spec = wiring.loop_spec(settings)
-                with _ctrl_c_ends(labeler):
+                with _ctrl_c_ends(labeler), wiring.few_threads(parts.pairs, spec):
                     state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
             except BaseException as error:
                 with suppress(StoreError):  # if the store is what failed, that is what should be heard of
@@ -278,7 +278,7 @@ def run_foreground(settings: RunSettings, *, use_prefect: bool, dry_run: bool, c
         refuse_bad_input(settings)  # before a server is started
         outcome = _through_prefect(settings, say)
     else:
-        outcome = run_session(settings, runner=PlainRunner({"label": settings.executor.workers}), log=say)
+        outcome = run_session(settings, runner=PlainRunner(wiring.at_once(settings)), log=say)
     console.print(generation_table(outcome.generations))
     for line in result_lines(barrier_summary(outcome.run, outcome.generations, outcome.labels)):
         say(line)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from alcore.endpoints import make_pair, read_atoms, read_band
 from alcore.errors import EndpointError, InputError
 from alcore.loop import LoopSpec
 from alcore.neb import NebSpec
+from alcore.protocols import StepName
 from alcore.selection import SelectSpec
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, Label
+from flows import environment
 from flows.settings import ModelSettings, PathSettings, RunSettings
 
 if TYPE_CHECKING:
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     from alcore.protocols import RecordStore
     from calculators.base import ResolvedCalculator
     from calculators.labeling import LocalLabeler
+
+
+NODES_WORTH_THREADS = 3000
+"""Atoms in one batch from which on several threads gain more than they lose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +199,24 @@ def read_data_file(settings: RunSettings, resolved: ResolvedCalculator, k: int) 
     return read_labels(
         Path(settings.data[k]), fingerprint=resolved.fingerprint, calculator=calculator, where=f"data.{k}"
     )
+
+
+def at_once(settings: RunSettings) -> dict[StepName, int]:
+    """How many of each step may run at the same time: labels as asked for, members one a core."""
+    return {"label": settings.executor.workers, "train": environment.cores()}
+
+
+@contextmanager
+def few_threads(pairs: Sequence[EndpointPair], spec: LoopSpec) -> Iterator[None]:
+    """One thread an operation while bands are small: several would wait for each other longer than they compute."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    nodes = max(len(pair.initial) for pair in pairs) * (spec.neb.n_images + 2)
+    wanted, before = (1 if nodes < NODES_WORTH_THREADS else environment.cores()), torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        with threadpool_limits(limits=wanted):
+            yield
+    finally:
+        torch.set_num_threads(before)

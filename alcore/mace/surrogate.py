@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from alcore.barrier import label_fmax
 from alcore.correction import Correction, Design, fit_correction
 from alcore.mace.features import RandomFeatures, element_index, invariant_columns, make_features
 from alcore.mace.graphs import batch_graph
@@ -17,6 +18,8 @@ from alcore.mace.network import ElasticNetwork, network_key
 from alcore.protocols import Potential
 from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Structure, frozen_array
 
+LOOSE_FORCE_EV_PER_ANG = 1.0
+"""A label whose largest reference force is this is fitted with twice the noise of one at rest."""
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
 
@@ -103,6 +106,7 @@ class MaceSurrogate:
             members_ev=_numpy(energies[1:]),
             by_lead_ev={name: _numpy(values) for name, values in by_lead.items()},
             covariance_ev2=covariance,
+            lead=self.lead,
         )
 
     def _graph(self, template: Structure, positions: FloatArray) -> dict[str, torch.Tensor]:
@@ -217,10 +221,13 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
     free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in dataset.labels]
     compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in dataset.labels]
     kinds = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
+    loose = np.array([1.0 + (label_fmax(label) or 0.0) / LOOSE_FORCE_EV_PER_ANG for label in dataset.labels])
     design = Design(
         energy=np.array([rows[label.key][0] for label in dataset.labels]),
         groups=np.array([kinds[c] for c in compositions]),
         forces=np.concatenate([rows[label.key][1][mask] for label, mask in zip(dataset.labels, free, strict=True)]),
+        energy_looseness=loose,
+        force_looseness=np.repeat(loose, [len(mask) for mask in free]),
     )
     energies, forces = model_residuals(surrogate, dataset.labels, free)
     correction = fit_correction(design, energies, forces, energies[0], forces[0])

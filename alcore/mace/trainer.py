@@ -17,7 +17,7 @@ from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Struct
 
 RATTLE_ANG = 0.05
 """Spread of the environments on which descriptors are standardised: about a phonon's."""
-FIRST_TRAINING = 5
+FIRST_TRAINING = 6
 """Labels before which a fine-tune learns nothing the correction does not."""
 GROWTH = 1.3
 """The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
