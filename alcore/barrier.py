@@ -76,6 +76,16 @@ def estimate_barrier(band: Band) -> BarrierEstimate:
     )
 
 
+def doubtful_well(band: Band, tolerance_ev: float) -> int | None:
+    """The image that lies furthest below both end states, if by more than the tolerance and not known to it.
+
+    Such a well would move the barrier's foot; where nothing was labelled it is more often the surrogate's invention.
+    """
+    deepest = int(band.energies_ev[1:-1].argmin()) + 1
+    depth = min(band.energies_ev[0], band.energies_ev[-1]) - band.energies_ev[deepest]
+    return deepest if depth > tolerance_ev and band.sigma_ev[deepest] > tolerance_ev else None
+
+
 def held_against(candidate: Candidate, label: Label, initial: Label | None, generation: int) -> Residual | None:
     """The label against what was predicted before it; None if there was no prediction, or nothing to compare with."""
     if not label.ok or initial is None or not initial.ok:

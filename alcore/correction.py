@@ -37,8 +37,8 @@ class Design:
     energy: FloatArray
     groups: IntArray
     forces: FloatArray
-    energy_looseness: FloatArray
-    force_looseness: FloatArray
+    energy_looseness: FloatArray | float = 1.0
+    force_looseness: FloatArray | float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +67,8 @@ class Correction:
 
 def _whitened(design: Design, values: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Energy rows and values over their looseness, each composition's weighted mean (its offset) removed."""
-    rows, residual, loose = np.array(design.energy), np.array(values), design.energy_looseness
+    rows, residual = np.array(design.energy), np.array(values)
+    loose = np.broadcast_to(design.energy_looseness, len(rows))
     for group in np.unique(design.groups):
         mine = design.groups == group
         weight = loose[mine] ** -2.0 / (loose[mine] ** -2.0).sum()
@@ -99,15 +100,17 @@ def fit_correction(
             labels a model was trained on are small for the wrong reason.
     """
     rows, unseen_energy = _whitened(design, unseen_energy_residuals_ev)
-    force_rows = design.forces / design.force_looseness[:, None]
-    unseen_force = unseen_force_residuals / design.force_looseness
+    force_loose = np.broadcast_to(design.force_looseness, len(design.forces))
+    force_rows, unseen_force = design.forces / force_loose[:, None], unseen_force_residuals / force_loose
     gram_energy, gram_force = rows.T @ rows, force_rows.T @ force_rows
     moment_energy, moment_force = rows.T @ unseen_energy, force_rows.T @ unseen_force
     square_energy, square_force = float(unseen_energy @ unseen_energy), float(unseen_force @ unseen_force)
     n_features, n_forces, dof = rows.shape[1], len(force_rows), len(rows) - len(np.unique(design.groups))
 
     def precision_of(alpha: float, noise: float) -> FloatArray:
-        return gram_energy / energy_noise_ev(noise) ** 2 + gram_force / noise**2 + alpha * np.eye(n_features)
+        return np.asarray(
+            gram_energy / energy_noise_ev(noise) ** 2 + gram_force / noise**2 + alpha * np.eye(n_features)
+        )
 
     def negative_log_evidence(log_hyper: FloatArray) -> float:
         alpha, noise = np.exp(log_hyper[0]), np.exp(log_hyper[1])
@@ -130,10 +133,7 @@ def fit_correction(
     alpha, noise = float(np.exp(best.x[0])), float(np.exp(best.x[1]))
     factor = linalg.cho_factor(precision_of(alpha, noise), lower=True)
     _, energies = _whitened(design, energy_residuals_ev)
-    moment = (
-        energies @ rows / energy_noise_ev(noise) ** 2
-        + (force_residuals / design.force_looseness) @ force_rows / noise**2
-    )
+    moment = energies @ rows / energy_noise_ev(noise) ** 2 + (force_residuals / force_loose) @ force_rows / noise**2
     return Correction(
         weights=linalg.cho_solve(factor, moment.T).T,
         covariance=linalg.cho_solve(factor, np.eye(n_features)),

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from alcore.barrier import doubtful_well
 from alcore.neb import Guards, closest_contact
 from alcore.types import Band, Candidate, CommitteePrediction, LabelKind, Structure
 from alcore.uncertainty import of_lead
@@ -15,10 +16,11 @@ from alcore.uncertainty import of_lead
 
 @dataclass(frozen=True, kw_only=True)
 class SelectSpec:
-    """Field names as in the run file."""
+    """Field names as in the run file; ``well_tolerance_ev`` is the barrier's tolerance."""
 
     strategy: Literal["saddle+uncertainty", "uncertainty"] = "saddle+uncertainty"
     labels_per_generation: int = 1
+    well_tolerance_ev: float = 0.01
 
 
 def select(
@@ -32,7 +34,7 @@ def select(
 ) -> list[Candidate]:
     """The saddle if the band is converged and has one, then the most uncertain images, greedily.
 
-    Each pick conditions the posterior of the others on itself, so a batch spreads over the band (greedy variance
+    Before the saddle comes a well below both ends that no label supports. Each pick conditions the posterior of the others on itself, so a batch spreads over the band (greedy variance
     reduction, Krause et al., JMLR 9, 235 (2008)). A band that did not converge has no saddle worth a label: there the
     most uncertain image comes first, since labelling the highest one stalls the loop.
 
@@ -63,7 +65,10 @@ def select(
 
     top = int(band.energies_ev[1:-1].argmax()) + 1
     has_saddle = band.energies_ev[top] > max(band.energies_ev[0], band.energies_ev[-1])
-    if spec.strategy == "saddle+uncertainty" and band.converged and has_saddle and top in open_images:
+    well = doubtful_well(band, spec.well_tolerance_ev)
+    if band.converged and well in open_images:
+        take(well, "uncertain")
+    elif spec.strategy == "saddle+uncertainty" and band.converged and has_saddle and top in open_images:
         take(top, "saddle")
     while open_images and len(picked) < spec.labels_per_generation:
         scores = {k: float(max(variance[k, k], 0.0) + spread[k]) for k in open_images}

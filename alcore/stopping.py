@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alcore.barrier import doubtful_well
 from alcore.types import Decision, PathRecord
 
 
@@ -46,6 +47,8 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
             )
     if record.band is None or record.barrier is None:
         return [*missing, "no band yet"]
+    if doubtful_well(record.band, tolerance) is not None:
+        missing.append("a well below the end states is not confirmed")
     if not record.band.converged:
         missing.append(f"band not converged ({record.band.reason})")
     saddle = next((r for r in record.residuals if r.key == record.saddle_key), None)

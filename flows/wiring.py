@@ -88,7 +88,7 @@ def loop_spec(settings: RunSettings) -> LoopSpec:
     return LoopSpec(
         run=settings.name,
         neb=NebSpec(**settings.neb.model_dump()),
-        select=SelectSpec(**settings.select.model_dump()),
+        select=SelectSpec(**settings.select.model_dump(), well_tolerance_ev=settings.stop.barrier_tolerance_ev),
         stop=StopSpec(**settings.stop.model_dump()),
     )
 

@@ -32,7 +32,7 @@ class ElasticNetwork:
     Attributes:
         first, second: atoms of each pair, ``(n_pairs,)``.
         shifts_ang: lattice vector added to the second atom, ``(n_pairs, 3)``.
-        home_ang: the first end state's positions, by which wrapped atoms are unwrapped, ``(n_atoms, 3)``.
+        home_ang: mean positions of the end states, by which wrapped atoms are unwrapped, ``(n_atoms, 3)``.
         cell, pbc: of that state.
         rest_ang: r₀, the mean distance over the end states.
         stiffness_ev_per_ang2: k of each pair.
@@ -58,7 +58,7 @@ class ElasticNetwork:
         return (0.5 * positions.new_tensor(self.stiffness_ev_per_ang2) * stretch**2).sum(dim=1)
 
     def _wraps(self, positions: FloatArray) -> FloatArray:
-        """Lattice vectors by which atoms lie elsewhere than in the first end state, same shape as ``positions``."""
+        """Lattice vectors by which atoms lie elsewhere than around home, same shape as ``positions``."""
         if not self.pbc.any():
             return np.zeros_like(positions)
         fractional = (positions - self.home_ang) @ np.linalg.inv(complete_cell(self.cell))
@@ -91,7 +91,7 @@ def make_network(ends: Sequence[Structure]) -> ElasticNetwork:
         first=i[steady],
         second=j[steady],
         shifts_ang=shifts[steady],
-        home_ang=first_state.positions,
+        home_ang=np.mean([s.positions for s in ends], axis=0),  # an atom that hops half a cell must not flip
         cell=first_state.cell,
         pbc=first_state.pbc,
         rest_ang=rest[steady],

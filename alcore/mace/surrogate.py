@@ -20,6 +20,9 @@ from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Struct
 
 LOOSE_FORCE_EV_PER_ANG = 1.0
 """A label whose largest reference force is this is fitted with twice the noise of one at rest."""
+NETWORK_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
+"""How much of the elastic network may hold. It knows atoms by their number, the features do not, so what it gets wrong
+cannot be corrected: it has to go as labels come."""
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
 
@@ -45,6 +48,7 @@ class MaceSurrogate:
         rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they
             stay true).
         networks: what is known of each set of atoms before any label, under every model (``network.ElasticNetwork``).
+        network_weight: how much of it still holds; the evidence of the labels decides.
         notes: how it was made, for ``describe``.
     """
 
@@ -55,6 +59,7 @@ class MaceSurrogate:
     correction: Correction | None = None
     rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
     networks: Mapping[bytes, ElasticNetwork] = field(default_factory=dict)
+    network_weight: float = 1.0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +71,7 @@ class MaceSurrogate:
         """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
         found: dict[str, Any] = {**self.notes, "lead": self.lead, "n_members": len(self.members)}
         if self.correction is not None:
+            found["network_weight"] = self.network_weight if self.networks else 0.0
             found["correction"] = {
                 "precision": self.correction.precision,
                 "force_noise_ev_per_ang": self.correction.force_noise_ev_per_ang,
@@ -142,7 +148,7 @@ class MaceSurrogate:
         network = self.networks.get(network_key(template))
         if network is None:
             return self.like.new_zeros(n_images)
-        return network.energies(graph["positions"].reshape(n_images, -1, 3))
+        return self.network_weight * network.energies(graph["positions"].reshape(n_images, -1, 3))
 
     @staticmethod
     def _forces(energies: torch.Tensor, graph: dict[str, torch.Tensor]) -> FloatArray:
@@ -230,18 +236,29 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
         force_looseness=np.repeat(loose, [len(mask) for mask in free]),
     )
     energies, forces = model_residuals(surrogate, dataset.labels, free)
-    correction = fit_correction(design, energies, forces, energies[0], forces[0])
-    return replace(surrogate, correction=correction, rows=rows)
+    host_energy, host_force = _network_rows(surrogate, dataset.labels, free)
+    fits = {
+        weight: fit_correction(
+            design,
+            (left_energy := energies - weight * host_energy),
+            (left_force := forces - weight * host_force),
+            left_energy[0],
+            left_force[0],
+        )
+        for weight in (NETWORK_WEIGHTS if surrogate.networks else (0.0,))
+    }
+    weight = max(fits, key=lambda w: fits[w].log_evidence)
+    return replace(surrogate, correction=fits[weight], rows=rows, network_weight=weight)
 
 
 def model_residuals(
     surrogate: MaceSurrogate, labels: Sequence[Label], free: Sequence[Any]
 ) -> tuple[FloatArray, FloatArray]:
-    """Label minus each bare model (the prior, then the members): energies ``(n_models, n_labels)`` in eV, free forces
-    ``(n_models, n_rows)`` in eV/Å."""
+    """Label minus each bare model (the prior, then the members), no network under it: energies ``(n_models, n_labels)``
+    in eV, free forces ``(n_models, n_rows)`` in eV/Å."""
     energies, forces = [], []
     for model in (surrogate.prior, *surrogate.members):
-        alone = MaceSurrogate(prior=model, networks=surrogate.networks)
+        alone = MaceSurrogate(prior=model)
         left = [left_over(alone, label) for label in labels]
         energies.append([energy for energy, _ in left])
         forces.append(np.concatenate([force.ravel()[mask] for (_, force), mask in zip(left, free, strict=True)]))
@@ -256,18 +273,33 @@ def left_over(potential: Potential, label: Label) -> tuple[float, FloatArray]:
 
 
 def without_network(surrogate: MaceSurrogate, dataset: Dataset) -> Dataset:
-    """What MACE itself has to learn: the labels minus the elastic network."""
-    return Dataset(labels=tuple(_bare(label, surrogate.networks) for label in dataset.labels))
+    """What MACE itself has to learn: the labels minus what still holds of the elastic network."""
+    learned = []
+    for label in dataset.labels:
+        energy, forces = _network_terms(surrogate, label.structure)
+        assert label.energy_ev is not None and label.forces is not None
+        weight = surrogate.network_weight
+        bare = replace(
+            label, energy_ev=label.energy_ev - weight * energy, forces=frozen_array(label.forces - weight * forces)
+        )
+        learned.append(bare)
+    return Dataset(labels=tuple(learned))
 
 
-def _bare(label: Label, networks: Mapping[bytes, ElasticNetwork]) -> Label:
-    network = networks.get(network_key(label.structure))
+def _network_rows(
+    surrogate: MaceSurrogate, labels: Sequence[Label], free: Sequence[Any]
+) -> tuple[FloatArray, FloatArray]:
+    """The network's energies ``(n_labels,)`` and free forces ``(n_rows,)`` at the labels."""
+    terms = [_network_terms(surrogate, label.structure) for label in labels]
+    forces = [force.ravel()[mask] for (_, force), mask in zip(terms, free, strict=True)]
+    return np.array([energy for energy, _ in terms]), np.concatenate(forces)
+
+
+def _network_terms(surrogate: MaceSurrogate, structure: Structure) -> tuple[float, FloatArray]:
+    network = surrogate.networks.get(network_key(structure))
     if network is None:
-        return label
-    positions = torch.tensor(label.structure.positions[None], requires_grad=True)
+        return 0.0, np.zeros(structure.positions.shape)
+    positions = torch.tensor(structure.positions[None], requires_grad=True)
     energy = network.energies(positions)
     (gradient,) = torch.autograd.grad(energy.sum(), positions)
-    assert label.energy_ev is not None and label.forces is not None
-    return replace(
-        label, energy_ev=label.energy_ev - float(energy[0]), forces=frozen_array(label.forces + _numpy(gradient[0]))
-    )
+    return float(energy[0].detach()), -_numpy(gradient[0])

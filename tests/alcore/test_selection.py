@@ -92,11 +92,21 @@ def test_a_band_without_a_hump_has_no_saddle() -> None:
     assert found.kind == "uncertain"
 
 
-def test_the_committee_counts_as_well_as_the_posterior() -> None:
+@pytest.mark.parametrize(("lead", "image"), [("committee", 7), ("prior", 4)])
+def test_the_committee_counts_where_it_leads(lead: str, image: int) -> None:
     spread = np.zeros(N)
     spread[7] = 1.0
-    (found,) = _pick(_band(sigma_committee_ev=spread), strategy="uncertainty")
-    assert found.image == 7
+    band = _band(sigma_committee_ev=spread)
+    prediction = replace(_prediction(band, None), lead=lead)
+    (found,) = select(band, prediction, SelectSpec(strategy="uncertainty"), key_of=key_of, labelled=frozenset())
+    assert found.image == image
+
+
+def test_a_well_that_no_label_supports_comes_before_the_saddle() -> None:
+    energies = np.array(_band().energies_ev)
+    energies[2] = -0.2
+    (found,) = _pick(_band(energies))
+    assert (found.kind, found.image) == ("uncertain", 2)
 
 
 def test_a_batch_spreads_over_the_band() -> None:

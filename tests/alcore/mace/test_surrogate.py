@@ -17,7 +17,7 @@ from alcore.uncertainty import relative_sigmas
 
 FORCE_EV_PER_ANG = 2e-5
 """Central differences with steps of 1e-4 Å."""
-LABEL_NOISE_EV = 3e-3
+LABEL_NOISE_EV = 6e-3  # 1 meV and what the features miss, looser where the reference forces are large
 EVIDENCE_EV = 1e-4
 """The evidence has a flat maximum, found to about this much in energies."""
 FEATURES = 48
@@ -201,7 +201,7 @@ def test_sigmas_rest_on_the_prior_not_on_members(
 
 def test_residuals_are_label_minus_model(labels: tuple[Label, ...], bare: MaceSurrogate) -> None:
     free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in labels]
-    energies, forces = model_residuals((bare.prior,), labels, free)
+    energies, forces = model_residuals(bare, labels, free)
     for k, label in enumerate(labels):
         energy, force = bare.evaluate(label.structure, label.structure.positions[None])
         assert label.energy_ev is not None
