@@ -34,9 +34,10 @@ def select(
 ) -> list[Candidate]:
     """The saddle if the band is converged and has one, then the most uncertain images, greedily.
 
-    Before the saddle comes a well below both ends that no label supports. Each pick conditions the posterior of the others on itself, so a batch spreads over the band (greedy variance
-    reduction, Krause et al., JMLR 9, 235 (2008)). A band that did not converge has no saddle worth a label: there the
-    most uncertain image comes first, since labelling the highest one stalls the loop.
+    Before the saddle comes a well below both ends that no label supports. Each pick conditions the posterior of the
+    others on itself, so a batch spreads over the band (greedy variance reduction, Krause et al., JMLR 9, 235 (2008)). A
+    band that did not converge has no saddle worth a label: there the most uncertain image comes first, since labelling
+    the highest one stalls the loop.
 
     Args:
         band: the probed band.

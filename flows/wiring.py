@@ -202,8 +202,9 @@ def read_data_file(settings: RunSettings, resolved: ResolvedCalculator, k: int) 
 
 
 def at_once(settings: RunSettings) -> dict[StepName, int]:
-    """How many of each step may run at the same time: labels as asked for, members one a core."""
-    return {"label": settings.executor.workers, "train": environment.cores()}
+    """How many of each step may run at the same time: labels as asked for, all else one after the other (two threads
+    that make TorchScript modules at once break each other: "module is not installed as a submodule")."""
+    return {"label": settings.executor.workers}
 
 
 @contextmanager

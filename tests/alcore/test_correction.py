@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alcore.correction import ENERGY_NOISE_EV, Correction, Design, fit_correction
+from alcore.correction import ENERGY_NOISE_EV, Correction, Design, energy_noise_ev, fit_correction
 from alcore.types import FloatArray
 
 N_FEATURES = 12
@@ -65,13 +65,14 @@ def test_posterior_solves_the_normal_equations() -> None:
     found = _fit(design, energies, forces)
     rows = design.energy - design.energy.mean(axis=0)
     target = energies - energies.mean()
+    energy_noise = energy_noise_ev(found.force_noise_ev_per_ang)
     precision = (
         found.precision * np.eye(N_FEATURES)
-        + rows.T @ rows / ENERGY_NOISE_EV**2
+        + rows.T @ rows / energy_noise**2
         + design.forces.T @ design.forces / found.force_noise_ev_per_ang**2
     )
     np.testing.assert_allclose(np.linalg.inv(precision), found.covariance, rtol=1e-6, atol=1e-14)
-    moment = rows.T @ target / ENERGY_NOISE_EV**2 + design.forces.T @ forces / found.force_noise_ev_per_ang**2
+    moment = rows.T @ target / energy_noise**2 + design.forces.T @ forces / found.force_noise_ev_per_ang**2
     np.testing.assert_allclose(np.linalg.solve(precision, moment), found.weights[0], atol=1e-8)
 
 
@@ -91,8 +92,19 @@ def test_sigma_falls_with_labels_and_is_noise_at_one() -> None:
         found = _fit(part, energies[:n], forces[:n])
         sigmas.append(np.sqrt(np.diag(found.energy_covariance(probe - design.energy[0]))))
         at_label = found.energy_covariance(design.energy[[1]] - design.energy[0])[0, 0]
-        assert np.sqrt(at_label) < 2 * ENERGY_NOISE_EV
+        assert np.sqrt(at_label) < 2 * energy_noise_ev(found.force_noise_ev_per_ang)
     assert sigmas[0].mean() > sigmas[1].mean() > sigmas[2].mean()
+
+
+def test_a_loose_label_counts_less() -> None:
+    """The same contradiction pulls a tight label's fit further than a loose one's."""
+    design, _, energies, forces = _problem(4)
+    wrong = energies + np.where(np.arange(len(energies)) == 0, 0.1, 0.0)
+    pulled = []
+    for looseness in (1.0, 10.0):
+        loose = replace(design, energy_looseness=np.where(np.arange(len(energies)) == 0, looseness, 1.0))
+        pulled.append(np.linalg.norm(_fit(loose, wrong, forces).weights - _fit(loose, energies, forces).weights))
+    assert pulled[1] < 0.5 * pulled[0]
 
 
 def test_sigma_rests_on_residuals_of_a_model_that_saw_no_label() -> None:
