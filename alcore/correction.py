@@ -88,6 +88,7 @@ def fit_correction(
     force_residuals: FloatArray,
     unseen_energy_residuals_ev: FloatArray,
     unseen_force_residuals: FloatArray,
+    max_precision: float = 100.0,
 ) -> Correction:
     """Fits one posterior mean a model, and one covariance for all.
 
@@ -98,6 +99,8 @@ def fit_correction(
         unseen_energy_residuals_ev, unseen_force_residuals: the same against a model that never saw the labels,
             ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of
             labels a model was trained on are small for the wrong reason.
+        max_precision: upper bound of α. Two end states at rest leave nothing to explain, and the evidence would then
+            call a model that knows nothing perfect.
     """
     rows, unseen_energy = _whitened(design, unseen_energy_residuals_ev)
     force_loose = np.broadcast_to(design.force_looseness, len(design.forces))
@@ -122,11 +125,11 @@ def fit_correction(
         log_noise = 2 * dof * np.log(energy_noise) + 2 * n_forces * log_hyper[1]
         return float(0.5 * (misfit + log_det - n_features * log_hyper[0] + log_noise))
 
-    bounds = [(np.log(1e-4), np.log(100.0)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
+    bounds = [(np.log(1e-4), np.log(max_precision)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
     best = min(
         (
             optimize.minimize(negative_log_evidence, [np.log(alpha), np.log(0.02)], bounds=bounds, method="L-BFGS-B")
-            for alpha in (0.1, 10.0)
+            for alpha in (0.1, min(10.0, max_precision))
         ),
         key=lambda result: float(result.fun),
     )

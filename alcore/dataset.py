@@ -85,8 +85,10 @@ def _label_of(frame: Atoms, k: int, path: Path, fingerprint: str, calculator: st
             mend=f"give labels of {calculator} with the run's settings",
         )
     structure = Structure.from_atoms(frame, charge=float(frame.info.get("charge", 0.0)))
+    # A frame that does not say which calculator made it is learned from, but never stands in for a reference label.
+    proven = frame.info.get("fingerprint") is not None
     return Label(
-        key=label_key(structure, fingerprint),
+        key=label_key(structure, fingerprint if proven else f"{fingerprint}, unproven"),
         structure=structure,
         status="ok",
         fingerprint=fingerprint,

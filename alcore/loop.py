@@ -22,7 +22,7 @@ from alcore.neb import NebSpec, interpolate
 from alcore.probe import Probe, ProbeSpec, probe_path
 from alcore.protocols import Labeler, RecordStore, StepName, StepRunner, T, Trainer
 from alcore.selection import SelectSpec
-from alcore.stopping import StopSpec, budget, decide, overall
+from alcore.stopping import StopSpec, budget, decide, overall, unmet
 from alcore.types import (
     Calibration,
     Candidate,
@@ -169,12 +169,29 @@ def _resumed(fresh: LoopState, records: tuple[GenerationRecord, ...], shop: Work
 
 def run_loop(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopState:
     """Generations until every hop is settled or the budget is spent; a state that is already settled comes back as it
-    is, unless the budget was raised since."""
+    is, unless the budget was raised or the tolerances were tightened since."""
+    state = reopened(state, spec)
     while True:
         done = state.decision
         if done.stop and not (done.code in ("label_budget", "generation_budget") and _can_go_on(state, spec)):
             return state
         state = run_generation(state, spec, shop)
+
+
+def reopened(state: LoopState, spec: LoopSpec) -> LoopState:
+    """Hops that converged by looser tolerances than today's are open again."""
+    if not state.records:
+        return state
+    paths = []
+    for settled in state.records[-1].paths:
+        mine = (p for r in reversed(state.records) for p in r.paths if p.path == settled.path and p.residuals)
+        missing = unmet(next(mine, settled), spec.stop) if settled.decision.code == "converged" else []
+        reopened = Decision(stop=False, code="continue", reason="; ".join(missing))
+        paths.append(replace(settled, decision=reopened) if missing else settled)
+    if all(new is old for new, old in zip(paths, state.records[-1].paths, strict=True)):
+        return state
+    last = replace(state.records[-1], paths=tuple(paths), decision=overall(paths, None))
+    return replace(state, records=(*state.records[:-1], last))
 
 
 def _can_go_on(state: LoopState, spec: LoopSpec) -> bool:
@@ -433,7 +450,7 @@ MAX_FRUITLESS = 3
 
 
 def _learn(state: LoopState, paths: Sequence[PathRecord], index: int, shop: Workshop) -> LoopState:
-    """Fine-tunes the members that are due, side by side, and lets the better surface lead."""
+    """Fine-tunes the members that are due, and lets the better surface lead."""
     due = shop.trainer.due(state.surrogate, state.dataset)
     if not due:
         return state

@@ -49,7 +49,7 @@ class Surrogate(Potential, Protocol):
 
 
 class Trainer(Protocol[SurrogateT]):
-    """Makes the next surrogate from the labels so far, member by member so that members can be trained side by side."""
+    """Makes the next surrogate from the labels so far, member by member, so that each is a step of its own."""
 
     def start(self, samples: Sequence[Structure], ends: Sequence[Structure] = ()) -> SurrogateT:
         """The surrogate that has seen no label; ``samples`` show which environments will occur, ``ends`` are

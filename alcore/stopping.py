@@ -111,7 +111,9 @@ def budget(n_calls: int, generation: int, spec: StopSpec) -> Decision | None:
         )
     if generation >= spec.max_generations:
         return Decision(
-            stop=True, code="generation_budget", reason=f"{generation} generations done (limit {spec.max_generations})"
+            stop=True,
+            code="generation_budget",
+            reason=f"{generation} generations after the end states (limit {spec.max_generations})",
         )
     return None
 

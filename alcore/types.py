@@ -260,7 +260,7 @@ class Candidate:
         kind: why it was picked.
         image: its place in the band (0 and the last for end states).
         structure: where.
-        energy_ev: predicted energy relative to the hop's initial state; None before there is a surrogate.
+        energy_ev: predicted energy relative to the hop's initial state; None for end states.
         sigma_committee_ev, sigma_posterior_ev, sigma_ev: uncertainty of it (the last calibrated); None likewise.
         forces: predicted forces in eV/Å, ``(n_atoms, 3)``, or None.
         by_lead_ev: what each surface that could lead predicted for the same energy difference.
@@ -387,7 +387,7 @@ class Calibration:
     """Factor that makes stated sigmas honest.
 
     Attributes:
-        factor: multiplies the combined raw sigma.
+        factor: multiplies the model's raw sigma (the label noise is added after it).
         n_residuals: how many of the loop's own residuals it rests on.
         source: how it came about, for a person.
     """

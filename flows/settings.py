@@ -101,7 +101,7 @@ class PathSettings(Section):
 class CalculatorSettings(Section):
     """Where reference labels come from."""
 
-    name: str = Field(description="emt, tblite, chgnet, mace, ase or a plug-in (`al-loop calculators` lists them)")
+    name: str = Field(description="emt, tblite, chgnet, mace or ase (`al-loop calculators` lists them)")
     settings: dict[str, JsonValue] = Field(default_factory=dict, description="the calculator's own settings")
     factory: str | None = Field(
         default=None,
@@ -210,7 +210,9 @@ class StopSettings(Section):
     saddle_fmax_ev_per_ang: float = Field(
         default=0.05, gt=0, description="eV/Å; largest reference force left on the saddle and the end states"
     )
-    max_generations: int = Field(default=15, ge=1, description="generations at most")
+    max_generations: int = Field(
+        default=15, ge=1, description="generations after the labelling of the end states, at most"
+    )
     max_labels: int = Field(default=60, ge=1, description="reference calculations at most, failed ones included")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def isolate() -> None:
 
 
 isolate()
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that; the tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

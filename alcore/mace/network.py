@@ -1,8 +1,9 @@
 """An elastic network between atoms that stay neighbours: what two end states say about the host before any label.
 
-E = Σ ½ k (r − r₀)², over pairs whose distance is nearly the same in all end states, with k falling as the sixth power
-of the distance (Tirion, Phys. Rev. Lett. 77, 1905 (1996); Yang, Song and Jernigan, PNAS 106, 12347 (2009)). It keeps a
-soft host together while nothing is known yet; the correction and the committee learn what it leaves unexplained.
+E = Σ ½ k d², over pairs whose distance is nearly the same in all end states; d is how far a pair lies outside the range
+of its distances there, so the network is silent in the end states themselves. k falls as the sixth power of distance
+(after Tirion, Phys. Rev. Lett. 77, 1905 (1996); Yang, Song and Jernigan, PNAS 106, 12347 (2009)). It keeps a soft host
+together while nothing is known yet; the correction and the committee learn what it leaves unexplained.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ElasticNetwork:
         shifts_ang: lattice vector added to the second atom, ``(n_pairs, 3)``.
         home_ang: mean positions of the end states, by which wrapped atoms are unwrapped, ``(n_atoms, 3)``.
         cell, pbc: of that state.
-        rest_ang: r₀, the mean distance over the end states.
+        shortest_ang, longest_ang: each pair's range of distances over the end states, ``(n_pairs,)``.
         stiffness_ev_per_ang2: k of each pair.
     """
 
@@ -44,7 +45,8 @@ class ElasticNetwork:
     home_ang: FloatArray
     cell: FloatArray
     pbc: BoolArray
-    rest_ang: FloatArray
+    shortest_ang: FloatArray
+    longest_ang: FloatArray
     stiffness_ev_per_ang2: FloatArray
 
     def energies(self, positions: torch.Tensor) -> torch.Tensor:
@@ -54,8 +56,10 @@ class ElasticNetwork:
         first, second = torch.as_tensor(self.first), torch.as_tensor(self.second)
         unwrapped = positions - positions.new_tensor(self._wraps(positions.detach().cpu().numpy()))
         gap = unwrapped[:, second] + positions.new_tensor(self.shifts_ang) - unwrapped[:, first]
-        stretch = torch.linalg.vector_norm(gap, dim=2) - positions.new_tensor(self.rest_ang)
-        return (0.5 * positions.new_tensor(self.stiffness_ev_per_ang2) * stretch**2).sum(dim=1)
+        length = torch.linalg.vector_norm(gap, dim=2)
+        short = torch.relu(positions.new_tensor(self.shortest_ang) - length)
+        long = torch.relu(length - positions.new_tensor(self.longest_ang))
+        return (0.5 * positions.new_tensor(self.stiffness_ev_per_ang2) * (short + long) ** 2).sum(dim=1)
 
     def _wraps(self, positions: FloatArray) -> FloatArray:
         """Lattice vectors by which atoms lie elsewhere than around home, same shape as ``positions``."""
@@ -84,9 +88,9 @@ def make_network(ends: Sequence[Structure]) -> ElasticNetwork:
     bonded = (distance < REACH * (radii[i] + radii[j])) & ((i < j) | ((i == j) & _upper(offsets)))
     i, j, shifts = i[bonded], j[bonded], offsets[bonded] @ first_state.cell
     lengths = np.array([np.linalg.norm(s.positions[j] + shifts - s.positions[i], axis=1) for s in ends])
-    rest = lengths.mean(axis=0)
-    steady = np.ptp(lengths, axis=0) < SAME_DISTANCE * rest
-    stiffness = STIFFNESS_EV_PER_ANG2 * ((radii[i] + radii[j]) / rest) ** 6
+    shortest, longest = lengths.min(axis=0), lengths.max(axis=0)
+    steady = longest - shortest < SAME_DISTANCE * shortest
+    stiffness = STIFFNESS_EV_PER_ANG2 * ((radii[i] + radii[j]) / longest) ** 6
     return ElasticNetwork(
         first=i[steady],
         second=j[steady],
@@ -94,7 +98,8 @@ def make_network(ends: Sequence[Structure]) -> ElasticNetwork:
         home_ang=np.mean([s.positions for s in ends], axis=0),  # an atom that hops half a cell must not flip
         cell=first_state.cell,
         pbc=first_state.pbc,
-        rest_ang=rest[steady],
+        shortest_ang=shortest[steady],
+        longest_ang=longest[steady],
         stiffness_ev_per_ang2=np.minimum(stiffness, STIFFNESS_EV_PER_ANG2)[steady],
     )
 

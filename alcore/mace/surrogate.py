@@ -20,9 +20,11 @@ from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Struct
 
 LOOSE_FORCE_EV_PER_ANG = 1.0
 """A label whose largest reference force is this is fitted with twice the noise of one at rest."""
+MAX_PRECISION, UNTRAINED_MAX_PRECISION = 100.0, 20.0
+"""Of the correction's weights, over a foundation model and over an untrained one."""
 NETWORK_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
-"""How much of the elastic network may hold. It knows atoms by their number, the features do not, so what it gets wrong
-cannot be corrected: it has to go as labels come."""
+"""How much of the elastic network may hold. It tells every single atom apart, the features only environments, so what it
+gets wrong cannot be corrected: it has to go as labels come."""
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
 
@@ -70,8 +72,8 @@ class MaceSurrogate:
     def describe(self) -> dict[str, Any]:
         """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
         found: dict[str, Any] = {**self.notes, "lead": self.lead, "n_members": len(self.members)}
+        found["network_weight"] = self.network_weight if self.networks else 0.0
         if self.correction is not None:
-            found["network_weight"] = self.network_weight if self.networks else 0.0
             found["correction"] = {
                 "precision": self.correction.precision,
                 "force_noise_ev_per_ang": self.correction.force_noise_ev_per_ang,
@@ -219,7 +221,8 @@ def make_surrogate(
 def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate:
     """The same models with the correction fitted to ``dataset``; sigmas rest on the frozen prior's residuals alone."""
     if surrogate.features is None or not len(dataset):
-        return replace(surrogate, correction=None)
+        kept = surrogate.network_weight if surrogate.features is not None else 0.0  # nothing could correct the network
+        return replace(surrogate, correction=None, network_weight=kept)
     rows = dict(surrogate.rows)
     for label in dataset.labels:
         if label.key not in rows:
@@ -244,6 +247,7 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
             (left_force := forces - weight * host_force),
             left_energy[0],
             left_force[0],
+            UNTRAINED_MAX_PRECISION if surrogate.networks else MAX_PRECISION,
         )
         for weight in (NETWORK_WEIGHTS if surrogate.networks else (0.0,))
     }

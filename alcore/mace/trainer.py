@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alcore.errors import TrainingError
+from alcore.errors import ModelError, TrainingError
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
 from alcore.mace.network import make_networks
 from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction, without_network
@@ -177,11 +177,18 @@ class MaceTrainer:
         self, start: MaceSurrogate, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]
     ) -> MaceSurrogate:
         """The surrogate as it stood after ``record``: members by their ids, the correction fitted anew."""
+        made_with = record.surrogate.get("prior")
+        if made_with != self._prior_sha:
+            raise ModelError(
+                f"the run was begun with another starting model ({str(made_with)[:12]}, now {self._prior_sha[:12]})",
+                where="model.foundation",
+                mend="give the same model, or another name to the run",
+            )
         ids = [str(i) for i in record.surrogate.get("members", [])]
         if ids and self._load is None:
             raise TrainingError("the committee cannot be restored without a model store")
         members = tuple(with_weights(self._skeleton(), self._load(i)) for i in ids) if self._load else ()
-        keep = ("prior", "prior_name", "strategy", "members", "trained_on", "train", "why")
+        keep = ("strategy", "members", "trained_on", "train", "why")
         notes = {**start.notes, **{k: record.surrogate[k] for k in keep if k in record.surrogate}}
         lead: Lead = "committee" if record.surrogate.get("lead") == "committee" else "prior"
         return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset)

@@ -96,12 +96,12 @@ def prior_of(run: RunRecord, surrogate: Mapping[str, Any]) -> dict[str, Any]:
         text = f"untrained MACE, seed {run.settings.get('seed', 0)}: has seen no reference"
     else:
         text = f"foundation model {foundation}, trained elsewhere on other data"
-        taught = (teacher.get("settings") or {}).get("model") if teacher.get("name") == "mace" else None
-        if taught is not None and str(taught) == str(foundation):
-            text = f"foundation model {foundation}, which is also the teacher: this run proves nothing"
-    stated = surrogate.get("prior_name")
+    text = str(surrogate.get("prior_name") or text)
+    taught = (teacher.get("settings") or {}).get("model") if teacher.get("name") == "mace" else None
+    if foundation and taught is not None and str(taught) == str(foundation):
+        text += ", which is also the teacher: this run proves nothing"
     return {
-        "description": str(stated) if stated else text,
+        "description": text,
         "foundation": foundation,
         "sha256": surrogate.get("prior"),
         "strategy": surrogate.get("strategy") or model.get("strategy"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alcore.endpoints import relax_end_state
-from alcore.loop import LoopSpec, LoopState, PlainRunner, Workshop, begin, run_loop
+from alcore.loop import LoopSpec, LoopState, PlainRunner, Workshop, begin, reopened, run_loop
 from alcore.mace.trainer import MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
 from alcore.neb import NebSpec
@@ -223,6 +223,16 @@ def test_budgets_are_kept_and_can_be_raised(bench: Callable[..., Bench], au_pair
     assert_counted_honestly(state, place)
 
 
+def test_tighter_tolerances_open_a_converged_run_again(
+    finished: tuple[LoopState, Bench],
+) -> None:
+    """What was confirmed to 10 meV must not be called converged to a thousandth of it."""
+    state, _ = finished
+    tight = replace(SPEC, stop=replace(SPEC.stop, barrier_tolerance_ev=1e-5, max_labels=1))
+    assert not reopened(state, tight).decision.stop
+    assert reopened(state, SPEC).decision.code == "converged"
+
+
 def test_given_labels_start_the_data_set_and_cost_nothing(
     finished: tuple[LoopState, Bench], bench: Callable[..., Bench], au_pair: EndpointPair
 ) -> None:
@@ -269,6 +279,7 @@ def test_end_states_that_must_not_be_relaxed_are_refused(bench: Callable[..., Be
     assert len(place.labeler.calls) == 2
 
 
+@pytest.mark.slow
 def test_two_hops_share_one_model_and_their_common_end_state(
     bench: Callable[..., Bench], au_pair: EndpointPair, emt: Any
 ) -> None:

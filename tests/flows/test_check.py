@@ -33,7 +33,10 @@ def test_it_says_what_the_run_would_do(hop: Any, home: Path) -> None:
     said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert said["path"].startswith("hop: Cu9, 9 atoms (5 free); Cu 8 moves 2.5")
     assert said["reference"].startswith("ase (fingerprint ")
-    assert said["prior"] == "untrained MACE (seed 0), which has seen no reference data"
+    assert (
+        said["prior"]
+        == "untrained MACE (seed 0) on an elastic network of the end states, which has seen no reference data"
+    )
     assert said["band"] == "3 images between the end states, idpp"
     assert "10 meV, or after 12 labels or 15 generations" in said["stops"]
     assert said["run"] == "checked: new"

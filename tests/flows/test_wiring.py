@@ -38,7 +38,10 @@ def test_every_setting_reaches_the_trainer(hop: Any) -> None:
     spec = trainer.spec
     assert (spec.strategy, spec.committee, spec.correction, spec.seed) == ("naive", 4, "none", 11)
     assert {key: getattr(spec.train, key) for key in options} == options
-    assert spec.prior_name == "untrained MACE (seed 11), which has seen no reference data"
+    assert (
+        spec.prior_name
+        == "untrained MACE (seed 11) on an elastic network of the end states, which has seen no reference data"
+    )
     assert trainer.untrained
 
 
