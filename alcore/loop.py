@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,7 @@ from alcore.dataset import grow
 from alcore.identity import label_key
 from alcore.neb import NebSpec, interpolate
 from alcore.probe import Probe, ProbeSpec, probe_path
-from alcore.protocols import Labeler, RecordStore, StepName, StepRunner, T, Trainer
+from alcore.protocols import Labeler, RecordStore, StepRunner, Trainer
 from alcore.selection import SelectSpec
 from alcore.stopping import StopSpec, budget, decide, overall, unmet
 from alcore.types import (
@@ -103,25 +102,6 @@ class LoopState:
     def last(self, path: str) -> PathRecord | None:
         """The latest record of a hop."""
         return next((p for p in self.records[-1].paths if p.path == path), None) if self.records else None
-
-
-class PlainRunner:
-    """Steps in threads of this process, without Prefect.
-
-    Args:
-        workers: how many of each step may run at once.
-    """
-
-    def __init__(self, workers: Mapping[StepName, int] | None = None) -> None:
-        self.workers = dict(workers or {})
-
-    @contextmanager
-    def generation(self, index: int) -> Iterator[None]:
-        yield
-
-    def map(self, step: StepName, generation: int, names: Sequence[str], work: Callable[[str], T]) -> list[T]:
-        with ThreadPoolExecutor(max_workers=max(1, min(len(names), self.workers.get(step, 1)))) as pool:
-            return list(pool.map(work, names))
 
 
 def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: Sequence[Label] = ()) -> LoopState:

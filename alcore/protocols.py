@@ -101,7 +101,7 @@ class Labeler(Protocol):
 
 
 class StepRunner(Protocol):
-    """Runs the loop's steps: plainly in threads (``alcore.loop.PlainRunner``), or as Prefect tasks (``flows``).
+    """Runs the loop's steps: plainly in threads (``alcore.runner.PlainRunner``), or as Prefect tasks (``flows``).
 
     The loop decides what is done; a runner only decides where, how many at once, and what is shown meanwhile.
     """

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alcore.errors import AlLoopError, InputError, StoreError
 from alcore.identity import geometry_bytes, json_sha256
-from alcore.loop import LoopState, PlainRunner, Workshop, begin, run_loop
+from alcore.loop import LoopState, Workshop, begin, run_loop
 from alcore.protocols import RecordStore, StepRunner
+from alcore.runner import PlainRunner
 from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
 from flows.settings import CalculatorSettings, RunSettings, StoreSettings

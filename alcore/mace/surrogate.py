@@ -23,8 +23,8 @@ LOOSE_FORCE_EV_PER_ANG = 1.0
 MAX_PRECISION, UNTRAINED_MAX_PRECISION = 100.0, 20.0
 """Of the correction's weights, over a foundation model and over an untrained one."""
 NETWORK_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
-"""How much of the elastic network may hold. It tells every single atom apart, the features only environments, so what it
-gets wrong cannot be corrected: it has to go as labels come."""
+"""How much of the elastic network may hold. It tells every single atom apart, the features only environments, so what
+it gets wrong cannot be corrected: it has to go as labels come."""
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from alcore.endpoints import relax_end_state
-from alcore.loop import LoopSpec, LoopState, PlainRunner, Workshop, begin, reopened, run_loop
+from alcore.loop import LoopSpec, LoopState, Workshop, begin, reopened, run_loop
 from alcore.mace.trainer import MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
 from alcore.neb import NebSpec
+from alcore.runner import PlainRunner
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, GenerationRecord, Label
 from storage.memory import MemoryStore

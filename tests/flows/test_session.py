@@ -24,7 +24,7 @@ from ase.optimize import BFGS
 from typer.testing import CliRunner, Result
 
 from alcore.errors import InputError
-from alcore.loop import PlainRunner
+from alcore.runner import PlainRunner
 from alcore.types import GenerationRecord, RunRecord
 from flows.cli import app
 from flows.runfile import load_run_file
