@@ -25,7 +25,7 @@ install: $(STAMP)  ## make .venv and install what is pinned
 test: $(STAMP)  ## the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(STAMP)  ## all tests, those with real DFT codes, queues and long crashes too
+test-slow: $(STAMP)  ## all tests, those with the long ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
