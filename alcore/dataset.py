@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 
 from alcore.errors import InputError
+from alcore.files import read_file
 from alcore.identity import label_key
-from alcore.types import Dataset, Label, Structure, frozen_array
+from alcore.types import Dataset, IntArray, Label, Structure, frozen_array
 
 
 def grow(dataset: Dataset, labels: Iterable[Label]) -> Dataset:
@@ -36,6 +37,14 @@ def grow(dataset: Dataset, labels: Iterable[Label]) -> Dataset:
     return Dataset(labels=tuple(grown))
 
 
+def composition_groups(labels: Sequence[Label]) -> IntArray:
+    """Which composition each label is of, numbered in order of appearance, ``(n_labels,)``: only energies of the same
+    composition can be compared."""
+    compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in labels]
+    numbered = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
+    return np.array([numbered[composition] for composition in compositions])
+
+
 def read_labels(path: Path, *, fingerprint: str, calculator: str, where: str) -> list[Label]:
     """Labelled structures a user brings along, taken to be of the run's own level of theory unless they say otherwise.
 
@@ -50,19 +59,9 @@ def read_labels(path: Path, *, fingerprint: str, calculator: str, where: str) ->
     Raises:
         InputError: no such file, unreadable, a frame without energy and forces, or of another fingerprint.
     """
-    from ase.io import read
-
-    if not path.is_file():
-        raise InputError(f"no such file: {path}", where=where, mend="paths are relative to the run file")
-    try:
-        frames = read(path, index=":")
-    except Exception as error:
-        raise InputError(
-            f"{path.name} cannot be read: {error or type(error).__name__}",
-            where=where,
-            mend="give a file ase.io.read takes",
-        ) from error
-    return [_label_of(frame, k, path, fingerprint, calculator, where) for k, frame in enumerate(frames)]
+    return [
+        _label_of(frame, k, path, fingerprint, calculator, where) for k, frame in enumerate(read_file(path, where, ":"))
+    ]
 
 
 def _label_of(frame: Atoms, k: int, path: Path, fingerprint: str, calculator: str, where: str) -> Label:

@@ -11,10 +11,10 @@ from ase import Atoms
 from ase.constraints import FixAtoms, FixCartesian
 from ase.data import chemical_symbols
 from ase.geometry import find_mic
-from ase.io import read
 from scipy.optimize import linear_sum_assignment
 
 from alcore.errors import EndpointError, InputError
+from alcore.files import read_file
 from alcore.neb import Fire, Guards, Relaxed, closest_contact, guard_reason
 from alcore.protocols import Potential
 from alcore.types import EndpointPair, FloatArray, Structure
@@ -33,16 +33,7 @@ def read_atoms(path: Path, where: str) -> Atoms:
     Raises:
         InputError: no such file, or ASE cannot read it.
     """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}", where=where, mend="paths are relative to the run file")
-    try:
-        atoms = read(path)
-    except Exception as error:
-        raise InputError(
-            f"{path.name} cannot be read: {error or type(error).__name__}",
-            where=where,
-            mend="give a file ase.io.read takes",
-        ) from error
+    atoms = read_file(path, where)
     assert isinstance(atoms, Atoms)
     return atoms
 
@@ -53,21 +44,12 @@ def read_band(path: Path, where: str) -> list[Atoms]:
     Raises:
         InputError: no such file, unreadable, or fewer than three frames.
     """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}", where=where, mend="paths are relative to the run file")
-    try:
-        frames = read(path, index=":")
-    except Exception as error:
-        raise InputError(
-            f"{path.name} cannot be read: {error or type(error).__name__}",
-            where=where,
-            mend="give a file ase.io.read takes",
-        ) from error
+    frames = read_file(path, where, ":")
     if not isinstance(frames, list) or len(frames) < 3:
         raise InputError(
             f"{path.name} holds fewer than three images", where=where, mend="give the whole band, end states included"
         )
-    return frames
+    return list(frames)
 
 
 def make_pair(

@@ -137,7 +137,7 @@ def _resumed(fresh: LoopState, records: tuple[GenerationRecord, ...], shop: Work
     asked = {key: (kinds.get(key, "data"), stored[key]) for key in keys if key in stored}
     dataset = grow(Dataset(), [stored[key] for key in last.label_keys])
     pairs = {
-        p.path: replace(fresh.pairs[p.path], initial=p.initial, final=p.final, images=fresh.pairs[p.path].images)
+        p.path: replace(fresh.pairs[p.path], initial=p.initial, final=p.final)
         for p in last.paths
         if p.path in fresh.pairs
     }
@@ -228,7 +228,7 @@ def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Prob
     initial, final = (
         state.labels.get(key) if key else None for key in ((last.initial_label, last.final_label) if last else ("", ""))
     )
-    tries = sum(kind == "endpoint" for key in _path_keys(state, name) for kind in [state.asked[key][0]])
+    tries = sum(state.asked[key][0] == "endpoint" for key in _path_keys(state, name))
     return probe_path(
         state.pairs[name],
         state.surrogate,

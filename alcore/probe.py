@@ -138,9 +138,8 @@ def _settle(
         if np.abs(place.positions - other.positions).max() < 0.1:
             return Probe(candidates=(), hopeless=f"the {side} state relaxes into the other one: it is no minimum")
         if unasked(place):
-            prediction = surrogate.predict(structure, np.stack([structure.positions, place.positions]))
             candidates.append(
-                Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=prediction.forces[1])
+                Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=relaxed.forces[0])
             )
     if not candidates:
         return Probe(candidates=(), hopeless=f"the {names} state cannot be relaxed further on the surrogate")

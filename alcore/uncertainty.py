@@ -2,7 +2,7 @@
 
 Two raw sigmas are kept apart: the committee's spread and the correction's posterior. They are combined in quadrature
 and multiplied by one factor, learned from the loop's own residuals: each label is predicted before it is trained on,
-so |error| / sigma is a fair test. The label noise is added after that. The factor is the posterior mean scale of a
+so |error| / sigma is a fair test. The label noise is added after that. The factor is the scale of the posterior of a
 Gaussian error model with an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6), so one lucky label
 does not make it small.
 """
@@ -33,9 +33,9 @@ def relative_sigmas(prediction: CommitteePrediction, anchor: int = 0) -> tuple[F
     return (members - members[:, [anchor]]).std(axis=0, ddof=1), posterior
 
 
-def of_lead(committee_ev: FloatArray, lead: str) -> FloatArray:
+def of_lead(committee_ev: FloatArray | float, lead: str) -> FloatArray:
     """The committee's spread where the committee leads, else zero: it says nothing about a surface it is no part of."""
-    return committee_ev if lead == "committee" else np.zeros_like(committee_ev)
+    return np.multiply(committee_ev, lead == "committee")
 
 
 def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float) -> FloatArray:
@@ -45,7 +45,9 @@ def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float)
 
 def calibrate(residuals: Sequence[Residual]) -> Calibration:
     """The factor that makes ``residuals`` look Gaussian; the more there are, the less the default counts."""
-    scores = np.array([r.error_ev / float(combined(_committee(r), r.sigma_posterior_ev)) for r in residuals])
+    scores = np.array(
+        [r.error_ev / float(combined(of_lead(r.sigma_committee_ev, r.lead), r.sigma_posterior_ev)) for r in residuals]
+    )
     factor = float(np.sqrt((PRIOR_WEIGHT * PRIOR_FACTOR**2 + (scores**2).sum()) / (PRIOR_WEIGHT + len(scores))))
     if not len(scores):
         return Calibration(
@@ -57,10 +59,6 @@ def calibrate(residuals: Sequence[Residual]) -> Calibration:
         n_residuals=len(scores),
         source=f"{len(scores)} own residuals (rms z {rms:.1f}) on a default of {PRIOR_FACTOR:g}",
     )
-
-
-def _committee(residual: Residual) -> float:
-    return residual.sigma_committee_ev if residual.lead == "committee" else 0.0
 
 
 def calibrated(

@@ -139,7 +139,7 @@ def connected(echo: Echo = print) -> Iterator[Addresses]:
 
 def hide_password(uri: str) -> str:
     """``mongodb://user:secret@host`` without the secret."""
-    return re.sub(r"(//[^:/@]*):[^@]*@", r"\1:***@", uri)
+    return re.sub(r"(//[^:/@]*):\S*@", r"\1:***@", uri)
 
 
 # --- the pieces ------------------------------------------------------------------------------------------------------

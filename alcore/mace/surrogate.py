@@ -11,6 +11,7 @@ import torch
 
 from alcore.barrier import label_fmax
 from alcore.correction import Correction, Design, fit_correction
+from alcore.dataset import composition_groups
 from alcore.mace.features import RandomFeatures, element_index, invariant_columns, make_features
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import model_elements
@@ -228,12 +229,10 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate
         if label.key not in rows:
             rows[label.key] = surrogate.feature_rows(label.structure)
     free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in dataset.labels]
-    compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in dataset.labels]
-    kinds = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
     loose = np.array([1.0 + (label_fmax(label) or 0.0) / LOOSE_FORCE_EV_PER_ANG for label in dataset.labels])
     design = Design(
         energy=np.array([rows[label.key][0] for label in dataset.labels]),
-        groups=np.array([kinds[c] for c in compositions]),
+        groups=composition_groups(dataset.labels),
         forces=np.concatenate([rows[label.key][1][mask] for label, mask in zip(dataset.labels, free, strict=True)]),
         energy_looseness=loose,
         force_looseness=np.repeat(loose, [len(mask) for mask in free]),

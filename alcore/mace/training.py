@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alcore.dataset import composition_groups
 from alcore.errors import TrainingError
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import freeze, model_elements, trainable_copy
@@ -76,7 +77,7 @@ def fine_tune(model: Any, dataset: Dataset, spec: TrainSpec, *, weights: FloatAr
         warm: True if ``model`` was trained on most of these labels before.
 
     Raises:
-        TrainingError: the loss is not finite, or ends above where it began.
+        TrainingError: the loss is not finite.
     """
     twin = trainable_copy(model)
     batch = _merge(model, dataset.labels)
@@ -84,7 +85,7 @@ def fine_tune(model: Any, dataset: Dataset, spec: TrainSpec, *, weights: FloatAr
     epochs = spec.warm_epochs if warm else spec.epochs
     optimizer = torch.optim.Adam(twin.parameters(), lr=spec.learning_rate, amsgrad=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.learning_rate, total_steps=epochs + 1)
-    first, best, best_state = None, float("inf"), None
+    best, best_state = float("inf"), None
     for _ in range(epochs + 1):
         optimizer.zero_grad()
         energy_error, force_error = _errors(twin, batch, training=True)
@@ -92,8 +93,7 @@ def fine_tune(model: Any, dataset: Dataset, spec: TrainSpec, *, weights: FloatAr
         loss = (scale * per_label).mean()
         value = float(loss.detach())
         if not np.isfinite(value):
-            raise TrainingError("the training loss is not finite; the last good model stays")
-        first = value if first is None else first
+            raise TrainingError("the training loss is not finite: look at the labels' energies and forces")
         if value < best:
             best, best_state = value, {k: v.detach().clone() for k, v in twin.state_dict().items()}
         loss.backward()
@@ -154,8 +154,6 @@ def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
     merged["batch"] = torch.cat([g["batch"] + k for k, g in enumerate(graphs)])
     merged["ptr"] = torch.as_tensor(offsets, device=like.device)
     merged["positions"].requires_grad_(True)
-    compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in labels]
-    kinds = {c: k for k, c in enumerate(dict.fromkeys(compositions))}
     energies = np.array([label.energy_ev for label in labels], dtype=float)
     forces = np.concatenate([label.forces for label in labels if label.forces is not None])
     return _Batch(
@@ -163,5 +161,5 @@ def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
         # differences from the mean survive in float32 as well
         energies=like.new_tensor(energies - energies.mean()),
         forces=like.new_tensor(forces),
-        groups=torch.as_tensor([kinds[c] for c in compositions], device=like.device),
+        groups=torch.as_tensor(composition_groups(labels), device=like.device),
     )

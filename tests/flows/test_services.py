@@ -106,6 +106,7 @@ def test_stop_kills_what_ignores_sigterm(tmp_path: Path) -> None:
 
 def test_hide_password() -> None:
     assert services_module.hide_password("mongodb://me:s3cret@host:1/db") == "mongodb://me:***@host:1/db"
+    assert services_module.hide_password("mongodb://me:s3@cret@host:1/db") == "mongodb://me:***@host:1/db"
     assert (
         services_module.hide_password("mongodb://127.0.0.1:1/?replicaSet=rs0")
         == "mongodb://127.0.0.1:1/?replicaSet=rs0"
