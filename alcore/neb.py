@@ -17,6 +17,7 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.mep.neb import idpp_interpolate
 
+from alcore.neighbours import neighbours
 from alcore.protocols import Potential
 from alcore.types import EndpointPair, FloatArray, Structure
 
@@ -166,29 +167,14 @@ def guard_reason(
 def closest_contact(structure: Structure) -> tuple[int, int, float] | None:
     """The two atoms closest relative to the sum of their covalent radii, and that ratio; None for fewer than two atoms
     (periodic copies of an atom count)."""
-    from matscipy.neighbours import neighbour_list
-
     radii = covalent_radii[structure.numbers]
     reach = 2.0 * float(radii.max())
-    atoms = structure.to_atoms()
-    i, j, distance = neighbour_list("ijd", atoms=roomy(atoms), cutoff=reach)
+    i, j, distance = neighbours("ijd", structure, structure.positions, reach)
     if not len(i):
         return None
     ratio = distance / (radii[i] + radii[j])
     k = int(ratio.argmin())
     return int(i[k]), int(j[k]), float(ratio[k])
-
-
-def roomy(atoms: Atoms) -> Atoms:
-    """A copy with a roomy cell along open directions, which the neighbour list needs."""
-    box: Atoms = atoms.copy()
-    if not box.pbc.all():
-        lengths = box.cell.lengths()
-        extent = float(np.ptp(box.positions, axis=0).max()) + 10.0
-        box.cell = box.cell.complete()
-        for axis in np.flatnonzero(~box.pbc):
-            box.cell[axis] *= max(1.0, extent / max(float(box.cell.lengths()[axis]), 1e-6)) if lengths[axis] else extent
-    return box
 
 
 def relax_band(

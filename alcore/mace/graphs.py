@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from ase.geometry import complete_cell
 
+from alcore.neighbours import neighbours
 from alcore.types import FloatArray, Structure
 
 
@@ -32,20 +32,10 @@ def batch_graph(
     Returns:
         ``positions`` (``n_images * n_atoms`` rows, taking gradients), ``node_attrs``, ``edge_index``, ``shifts``, …
     """
-    from matscipy.neighbours import neighbour_list
-
     n_images, n_atoms = positions.shape[:2]
-    cell = complete_cell(template.cell)
     senders, receivers, shifts = [], [], []
     for image in range(n_images):
-        # "c" scans open directions from the bounding box, so a cell without vectors is fine.
-        i, j, s = neighbour_list(
-            "ijS",
-            positions=positions[image],
-            cell=_spacious(cell, template, positions[image], r_max_ang),
-            pbc=template.pbc,
-            cutoff=r_max_ang,
-        )
+        i, j, s = neighbours("ijS", template, positions[image], r_max_ang)
         senders.append(i + image * n_atoms)
         receivers.append(j + image * n_atoms)
         shifts.append(s)
@@ -69,14 +59,3 @@ def batch_graph(
     }
     graph["positions"].requires_grad_(True)
     return graph
-
-
-def _spacious(cell: FloatArray, template: Structure, positions: FloatArray, r_max_ang: float) -> FloatArray:
-    """The cell with open directions made long enough to hold all atoms (the neighbour list bins atoms by the cell)."""
-    if template.pbc.all():
-        return cell
-    spacious = np.array(cell)
-    extent = float(np.ptp(positions, axis=0).max()) + 2 * r_max_ang
-    for axis in np.flatnonzero(~template.pbc):
-        spacious[axis] *= max(1.0, extent / np.linalg.norm(spacious[axis]))
-    return spacious

@@ -16,6 +16,7 @@ import torch
 from ase.data import covalent_radii
 from ase.geometry import complete_cell
 
+from alcore.neighbours import neighbours
 from alcore.types import BoolArray, FloatArray, IntArray, Structure
 
 STIFFNESS_EV_PER_ANG2 = 2.0
@@ -76,15 +77,9 @@ def network_key(structure: Structure) -> bytes:
 
 def make_network(ends: Sequence[Structure]) -> ElasticNetwork:
     """The network of end states that share a key (of one hop, or of several in the same host), all unwrapped alike."""
-    from matscipy.neighbours import neighbour_list
-
-    from alcore.neb import roomy
-
     first_state = ends[0]
     radii = covalent_radii[first_state.numbers]
-    i, j, offsets, distance = neighbour_list(
-        "ijSd", atoms=roomy(first_state.to_atoms()), cutoff=REACH * 2 * float(radii.max())
-    )
+    i, j, offsets, distance = neighbours("ijSd", first_state, first_state.positions, REACH * 2 * float(radii.max()))
     bonded = (distance < REACH * (radii[i] + radii[j])) & ((i < j) | ((i == j) & _upper(offsets)))
     i, j, shifts = i[bonded], j[bonded], offsets[bonded] @ first_state.cell
     lengths = np.array([np.linalg.norm(s.positions[j] + shifts - s.positions[i], axis=1) for s in ends])
