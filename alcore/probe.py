@@ -161,7 +161,7 @@ def _doubt(pair: EndpointPair, surrogate: Surrogate, start: FloatArray) -> Calla
     """Stops a relaxation that leaves what the labels know: posterior sigma above a floor and above the start's."""
 
     def largest(positions: FloatArray) -> tuple[int, float]:
-        _, sigma = relative_sigmas(surrogate.predict(pair.initial, positions))
+        sigma = surrogate.posterior_sigma(pair.initial, positions)
         return int(sigma.argmax()), float(sigma.max())
 
     limit = max(DOUBT_EV, DOUBT_GROWTH * largest(start)[1])

@@ -43,6 +43,10 @@ class Surrogate(Potential, Protocol):
         """Energies, forces, members and posterior covariance; same arguments as ``evaluate``."""
         ...
 
+    def posterior_sigma(self, template: Structure, positions: FloatArray) -> FloatArray:
+        """Posterior sigma alone of each energy relative to the first, uncalibrated eV, ``(n_images,)``: no forces."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Plain values for ``GenerationRecord.surrogate``: enough for a person, and for ``Trainer.restore``."""
         ...

@@ -118,6 +118,15 @@ class MaceSurrogate:
             lead=self.lead,
         )
 
+    def posterior_sigma(self, template: Structure, positions: FloatArray) -> FloatArray:
+        """The correction's sigma of each energy relative to the first in eV, ``(n_images,)``; zero without one."""
+        if self.correction is None:
+            return np.zeros(len(positions))
+        with torch.no_grad():
+            feats = self.prior(self._graph(template, positions), compute_force=False)["node_feats"]
+            phi = _numpy(self._phi(feats, template, len(positions)))
+        return np.sqrt(np.maximum(np.diag(self.correction.energy_covariance(phi - phi[:1])), 0.0))
+
     def _graph(self, template: Structure, positions: FloatArray) -> dict[str, torch.Tensor]:
         return batch_graph(
             template,

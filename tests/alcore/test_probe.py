@@ -13,6 +13,7 @@ from alcore.identity import label_key
 from alcore.neb import NebSpec
 from alcore.probe import MAX_END_STATE_TRIES, Probe, ProbeSpec, probe_path, relaxed_band
 from alcore.types import CommitteePrediction, EndpointPair, FloatArray, Label, PathRecord, Residual, Structure
+from alcore.uncertainty import relative_sigmas
 
 AU_BARRIER_EV = 0.3745
 BARRIER_EV = 0.002
@@ -41,6 +42,9 @@ class SureEmt:
             by_lead_ev={"prior": energies},
             covariance_ev2=1e-4 * (np.eye(n) - np.eye(n)[:, [0]] * np.eye(n)[[0]]),
         )
+
+    def posterior_sigma(self, template: Structure, positions: FloatArray) -> FloatArray:
+        return relative_sigmas(self.predict(template, positions))[1]
 
     def describe(self) -> dict[str, Any]:
         return {}

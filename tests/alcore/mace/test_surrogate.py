@@ -199,6 +199,15 @@ def test_sigmas_rest_on_the_prior_not_on_members(
     )
 
 
+def test_posterior_alone_is_that_of_the_prediction(
+    bare: MaceSurrogate, au_pair: EndpointPair, labels: tuple[Label, ...], band: FloatArray
+) -> None:
+    fitted = with_correction(bare, Dataset(labels=labels))
+    whole = relative_sigmas(fitted.predict(au_pair.initial, band))[1]
+    np.testing.assert_allclose(fitted.posterior_sigma(au_pair.initial, band), whole, atol=1e-12)
+    assert not bare.posterior_sigma(au_pair.initial, band).any()
+
+
 def test_residuals_are_label_minus_model(labels: tuple[Label, ...], bare: MaceSurrogate) -> None:
     free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in labels]
     energies, forces = model_residuals(bare, labels, free)
