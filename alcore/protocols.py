@@ -104,6 +104,27 @@ class Labeler(Protocol):
         ...
 
 
+class LeaseStore(Protocol):
+    """Names that one owner holds for a while, over all runs, processes and machines that share the store."""
+
+    def take_lease(self, names: Sequence[str], owner: str, seconds: float) -> str | None:
+        """The first of ``names`` that was free or whose lease had run out, now held by ``owner``; None if all are held.
+        Atomic: no name is ever held twice."""
+        ...
+
+    def renew_lease(self, name: str, owner: str, seconds: float) -> bool:
+        """Whether ``owner`` still holds it; if so, for ``seconds`` from now."""
+        ...
+
+    def release_lease(self, name: str, owner: str) -> None:
+        """Does nothing if somebody else holds it by now."""
+        ...
+
+    def held_leases(self, prefix: str) -> dict[str, str]:
+        """Owners of the names that start with ``prefix`` and are held now."""
+        ...
+
+
 class StepRunner(Protocol):
     """Runs the loop's steps: plainly in threads (``alcore.runner.PlainRunner``), or as Prefect tasks (``flows``).
 

@@ -8,16 +8,16 @@ its own folder, under the timeout, and with its output caught.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from ase.data import chemical_symbols
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
 from alcore.errors import CalculatorError
-from alcore.types import Structure
+from alcore.types import LabelStatus, Structure
 
 if TYPE_CHECKING:
     from ase.calculators.abc import GetPropertiesMixin as AseCalculator
@@ -49,6 +49,50 @@ def _no_objection(_settings: Any, _structure: Structure) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a code's own output says of the calculation that just ran.
+
+    Attributes:
+        electronic_steps: steps of the last self-consistency cycle, counted; None if the code does not tell.
+        converged: False if that cycle stopped without converging (its limit reached, or the code says so): such a label
+            is ``unconverged`` whatever numbers there are. None if the code does not tell.
+        reason: one line; why not.
+        code_version: as the output states it, or "". One that is not the fingerprint's makes a label ``rejected``.
+        notes: more plain values worth keeping with the label (total moment, band gap, warnings, ...).
+    """
+
+    electronic_steps: int | None = None
+    converged: bool | None = None
+    reason: str = ""
+    code_version: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """One rung of a code's ladder: another way to the same numbers, tried when an attempt failed.
+
+    Attributes:
+        name: what changes, for a person: ``"3x the steps, gentler mixing"``.
+        change: the settings to try, made from the user's. What moves the energy must stay: a rung whose fingerprint
+            facts differ is never tried.
+        after: how the attempt before must have ended.
+    """
+
+    name: str
+    change: Callable[[Any], Any]
+    after: tuple[Literal["unconverged", "crashed"], ...] = ("unconverged",)
+
+
+def _no_inspection(_settings: Any, _calculator: Any) -> Inspection:
+    return Inspection()
+
+
+def _as_it_is(settings: Any) -> Any:
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalculatorEntry:
     """One reference calculator. Every function takes an instance of ``settings_model`` and imports lazily.
 
@@ -65,6 +109,12 @@ class CalculatorEntry:
         takes_charge: whether ``Structure.charge`` reaches the calculation; if not, a charged structure is refused.
         warm_up: loads what is slow to load, once in each worker, outside the timeout of the first label.
         refuse: why it cannot compute this structure with these settings and how to mend that, or None.
+        complete: settings with what only this machine can tell filled in (a program's version), before the fingerprint
+            is made; a job on another machine is given these. May raise ``CalculatorError``.
+        inspect: ``inspect(settings, calculator)`` reads what the code said, in the folder where it ran; called after a
+            calculation that raised, too.
+        retries: the ladder, in order.
+        sabotage: settings under which a calculation must end in that status; the contract test tries each.
     """
 
     name: str
@@ -77,6 +127,14 @@ class CalculatorEntry:
     takes_charge: bool = False
     warm_up: Callable[[Any], None] = _no_facts
     refuse: Callable[[Any, Structure], str | None] = _no_objection
+    complete: Callable[[Any], Any] = _as_it_is
+    inspect: Callable[[Any, Any], Inspection] = _no_inspection
+    retries: tuple[Retry, ...] = ()
+    sabotage: Mapping[LabelStatus, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def facts(self, settings: Any) -> dict[str, Any]:
+        """What a fingerprint is the hash of."""
+        return {"calculator": self.name, **self.fingerprint_facts(settings)}
 
 
 @dataclass(frozen=True, kw_only=True)

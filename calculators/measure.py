@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
 
 from alcore.types import Structure, frozen_array
+from calculators.base import Inspection
 
 _UNCONVERGED_NAME = re.compile(r"SCFError|Convergence|NotConverged", re.IGNORECASE)
 _UNCONVERGED_TEXT = re.compile(
@@ -35,6 +37,9 @@ class Measurement:
         magnetic_moments: μ_B, or None.
         energy_kind: ``force-consistent`` or ``plain``.
         geometries: numbers, positions and cell of the atoms afterwards, as we hold them and as the calculator does.
+        inspection: what the code's own output says.
+        attempts: one entry a rung of the ladder that was climbed, the first included; plain values.
+        settings: those of the last attempt, plain values.
     """
 
     status: Literal["ok", "unconverged", "crashed"]
@@ -46,22 +51,51 @@ class Measurement:
     magnetic_moments: Any = None
     energy_kind: str = ""
     geometries: tuple[tuple[Any, Any, Any], ...] = ()
+    inspection: Inspection = Inspection()
+    attempts: tuple[Mapping[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def measure(make: Callable[[], Any], structure: Structure) -> Measurement:
-    """Compute ``structure`` with a fresh calculator from ``make``. A failure of any kind is a status, never raised."""
+def measure(
+    make: Callable[[], Any],
+    structure: Structure,
+    inspect: Callable[[Any], Inspection] = lambda _calculator: Inspection(),
+) -> Measurement:
+    """Compute ``structure`` with a fresh calculator from ``make``, then ask ``inspect`` what its code said of it.
+
+    A failure of any kind is a status, never raised.
+    """
+    calculator = None
     try:
-        return _measure(make(), structure)
+        calculator = make()
+        measurement = _measure(calculator, structure)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a calculator must not end the worker
         unconverged = any(_says_unconverged(link) for link in _chain(error))
         first = (str(error).strip().splitlines() or [""])[0]
-        return Measurement(
+        measurement = Measurement(
             status="unconverged" if unconverged else "crashed",
             reason=f"{type(error).__name__}: {first}" if first else type(error).__name__,
             error_text="".join(traceback.format_exception(error)),
         )
+    return measurement if calculator is None else _inspected(measurement, partial(inspect, calculator))
+
+
+def _inspected(measurement: Measurement, inspect: Callable[[], Inspection]) -> Measurement:
+    """With what the output says; an inspection that fails spoils a good label, but does not hide a bad one's reason."""
+    try:
+        inspection = inspect()
+    except Exception as error:
+        if measurement.status != "ok":
+            return measurement
+        reason = f"the output cannot be read: {type(error).__name__}: {error}"
+        return replace(measurement, status="crashed", reason=reason, error_text=traceback.format_exc())
+    found = replace(measurement, inspection=inspection)
+    if inspection.converged is False and measurement.status != "unconverged":
+        reason = inspection.reason or "the output says that it has not converged"
+        return replace(found, status="unconverged", reason=reason)
+    return replace(found, reason=inspection.reason) if found.status == "crashed" and inspection.reason else found
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -74,7 +74,8 @@ def resolve(name: str, settings: Mapping[str, Any] | None = None, base: Path | N
         raise CalculatorError(problems, where=f"calculator.settings of {name}") from None
     if why := entry.unavailable(None):
         raise CalculatorError(why, where=f"calculator {name}")
-    facts = {"calculator": name, **entry.fingerprint_facts(checked)}
+    checked = entry.complete(checked)
+    facts = entry.facts(checked)
     return ResolvedCalculator(entry=entry, settings=checked, facts=facts, fingerprint=json_sha256(facts))
 
 

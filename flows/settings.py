@@ -34,23 +34,24 @@ FOUNDATION_NAMES = (
 """The names mace-torch 0.3.16 knows; written down here because asking it imports torch."""
 
 LATER_VALUES: dict[str, tuple[str, ...]] = {
-    "calculator.name": ("vasp", "espresso", "gpaw", "cp2k"),
-    "executor.kind": ("pyiron",),
     "model.strategy": ("multihead", "lora", "frozen"),
     "model.correction": ("gp",),
 }
 """Values with a meaning that this version does not have yet: refused by name, not as misspelt."""
 
 LATER_KEYS = (
-    "executor.queue",
-    "executor.cores",
-    "executor.walltime",
     "model.options.head",
     "model.options.lora_rank",
     "model.options.frozen_layers",
     "model.options.replay_file",
 )
 """Keys of which the same is true."""
+
+
+QUEUE_KEYS = {"walltime", "partition", "submit_options"}
+"""Keys of the executor that only a queueing system understands."""
+PYIRON_KEYS = {*QUEUE_KEYS, "queue", "cores", "modules", "prologue"}
+"""Keys of the executor that only pyiron's jobs have."""
 
 
 def _known_foundation(value: Any) -> Any:
@@ -135,10 +136,57 @@ class CalculatorSettings(Section):
 class ExecutorSettings(Section):
     """Where and how many reference calculations run."""
 
-    kind: Literal["local"] = Field(default="local", description="local: worker processes on this machine")
-    workers: int = Field(default=2, ge=1, le=1024, description="calculations at the same time")
+    kind: Literal["local", "pyiron"] = Field(
+        default="local",
+        description="local: warm worker processes on this machine; pyiron: each label a pyiron job, queued if asked",
+    )
+    workers: int = Field(default=2, ge=1, le=1024, description="calculations of this run at the same time")
+    max_running: int | None = Field(
+        default=None,
+        ge=1,
+        description="calculations at the same time of all runs together; empty: what this machine's cores carry, "
+        "or 1000 in a queue",
+    )
     timeout_s: float = Field(default=3600.0, gt=0, description="s; a calculation that takes longer is ended")
+    retries: int = Field(
+        default=2, ge=0, le=10, description="further attempts at a calculation that failed: more steps, gentler mixing"
+    )
     threads: int = Field(default=1, ge=1, le=1024, description="threads of each calculation")
+    memory_gb: float | None = Field(
+        default=None, gt=0, description="GB of memory of each calculation, asked of a queue and enforced here"
+    )
+    queue: Literal["slurm", "sge", "lsf", "torque", "moab", "flux"] | None = Field(
+        default=None, description="the queueing system, only with kind: pyiron; empty: this machine"
+    )
+    cores: int = Field(default=1, ge=1, description="cores of a job, only with kind: pyiron")
+    walltime: str | None = Field(
+        default=None,
+        pattern=r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$",
+        description="[days-]hours:minutes:seconds of a job in the queue",
+    )
+    partition: str | None = Field(default=None, pattern=r"^[\w.,-]+$", description="partition of the queueing system")
+    modules: list[str] = Field(default_factory=list, description="modules a job loads first, e.g. [vasp/6.4.2]")
+    prologue: list[str] = Field(default_factory=list, description="shell lines a job runs after that")
+    submit_options: list[str] = Field(
+        default_factory=list, description="further options of the submission, e.g. [--account=abc]"
+    )
+
+    @model_validator(mode="after")
+    def _queue_goes_with_pyiron(self) -> Self:
+        given = {
+            key
+            for key, field in type(self).model_fields.items()
+            if getattr(self, key) != field.get_default(call_default_factory=True)
+        }
+        if self.kind == "local" and (foreign := given & PYIRON_KEYS):
+            raise ValueError(f"`{min(foreign)}` belongs to kind: pyiron (remove it, or set kind: pyiron)")
+        if self.kind == "local":
+            return self
+        if self.queue is None and (foreign := given & QUEUE_KEYS):
+            raise ValueError(f"`{min(foreign)}` needs a queue (set `queue`, e.g. queue: slurm)")
+        if self.queue is not None and self.walltime is None:
+            raise ValueError('`walltime` is missing (a job in a queue needs one, e.g. walltime: "12:00:00")')
+        return self
 
 
 class TrainingOptions(Section):

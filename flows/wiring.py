@@ -119,6 +119,7 @@ def make_labeler(settings: RunSettings, resolved: ResolvedCalculator, data_dir: 
         workers=executor.workers,
         timeout_s=executor.timeout_s,
         threads=executor.threads,
+        retries=executor.retries,
     )
 
 

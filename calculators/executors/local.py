@@ -14,12 +14,12 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from alcore.errors import AlLoopError
+from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import MARK, end_family
 
 STARTUP_LIMIT_S = 300.0
@@ -46,25 +46,6 @@ class WorkerStartError(AlLoopError):
 
 class PoolClosedError(AlLoopError):
     """The pool was closed while the job waited or ran; the job has no outcome."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobOutcome:
-    """How a job ended.
-
-    Attributes:
-        kind: ``done``, ``raised`` (``text`` is the traceback), ``died`` (``text`` is how), ``timeout``,
-            or ``lost`` (the worker died before the job began, and so did a fresh one).
-        value: what the job returned, if ``done``.
-        last_words: the last lines of its stderr, if it ``died`` or was late.
-        seconds: wall time.
-    """
-
-    kind: Literal["done", "raised", "died", "timeout", "lost"]
-    value: Any = None
-    text: str = ""
-    last_words: str = ""
-    seconds: float = 0.0
 
 
 class _Worker:

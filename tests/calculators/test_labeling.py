@@ -353,7 +353,7 @@ here, folder = sys.argv[1:]
 resolved = resolve("ase", {"factory": "misbehaving:hangs", "settings": {"pid_file": folder + "/pids"}, "path": here})
 candidate = Candidate(path="hop", kind="data", image=0, structure=Structure.from_atoms(bulk("Cu")))
 request = LabelRequest(key="k" * 64, candidate=candidate, generation=0)
-LocalLabeler(resolved, Path(folder) / "calc", 1, 300.0).label([request])
+LocalLabeler(resolved, Path(folder) / "calc", 1, timeout_s=300.0).label([request])
 """
 
 

@@ -1,0 +1,129 @@
+"""From how a job ended to a label: every executor's labels are judged here, and only here."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alcore.errors import InputError
+from alcore.types import Label, LabelRequest, LabelStatus, Structure
+from calculators.base import ResolvedCalculator
+from calculators.checks import reject_reason
+from calculators.executors.outcome import JobOutcome
+from calculators.measure import Measurement, plain_array
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLimits:
+    """What one label may take, and what is still believed.
+
+    Attributes:
+        timeout_s: wall time of all its attempts together.
+        retries: rungs of the code's ladder after the first attempt.
+        max_force_ev_per_ang: a larger force on any atom makes a label ``rejected``.
+    Raises:
+        InputError: a number that makes no sense.
+    """
+
+    timeout_s: float = 3600.0
+    retries: int = 2
+    max_force_ev_per_ang: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("timeout_s", self.timeout_s), ("max_force", self.max_force_ev_per_ang)):
+            if not value > 0:
+                raise InputError(f"{name} is {value}", where="executor", mend="it must be positive")
+        if self.retries < 0:
+            raise InputError(f"retries is {self.retries}", where="executor", mend="it must not be negative")
+
+
+def conclude(
+    request: LabelRequest, resolved: ResolvedCalculator, outcome: JobOutcome, folder: Path, limits: LabelLimits
+) -> Label:
+    """The label of a job that has ended. The folder of an ``ok`` label is removed, that of any other keeps the reason.
+
+    Args:
+        request: what was asked.
+        resolved: the calculator that was asked.
+        outcome: how its job ended; the value of one that is ``done`` is a ``Measurement``.
+        folder: where it ran.
+        limits: what was allowed.
+    """
+    status, reason, text = _judge(request.candidate.structure, resolved, outcome, limits)
+    if status == "ok":
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        (folder / "error.txt").write_text(f"{status}: {reason}\n{text}", encoding="utf-8")
+    return _to_label(request, resolved, outcome, status, reason, "" if status == "ok" else str(folder))
+
+
+def _judge(
+    structure: Structure, resolved: ResolvedCalculator, outcome: JobOutcome, limits: LabelLimits
+) -> tuple[LabelStatus, str, str]:
+    """Status, reason in one line, and all the text there is about it."""
+    if outcome.kind == "timeout":
+        return "timeout", f"no answer within {limits.timeout_s:g} s; its processes were ended", outcome.last_words
+    if outcome.kind in ("died", "lost"):
+        told = f": {telling_line(outcome.last_words)}" if outcome.last_words else ""
+        return "crashed", f"the worker process died ({outcome.text}){told}", outcome.last_words
+    if outcome.kind == "raised":
+        return "crashed", outcome.text.strip().splitlines()[-1], outcome.text
+    measurement: Measurement = outcome.value
+    if measurement.status != "ok":
+        return measurement.status, measurement.reason, measurement.error_text
+    why = _other_version(resolved, measurement) or reject_reason(structure, measurement, limits.max_force_ev_per_ang)
+    return ("rejected", why, "") if why else ("ok", "", "")
+
+
+def _other_version(resolved: ResolvedCalculator, measurement: Measurement) -> str | None:
+    """The fingerprint names a version; a label of another one is not what it says it is."""
+    stated, found = str(resolved.facts.get("version") or ""), measurement.inspection.code_version
+    if not stated or not found or found == stated or found.startswith((f"{stated}.", f"{stated} ")):
+        return None
+    return f"the output is from version {found}, the fingerprint says {stated} (mend calculator.settings.version)"
+
+
+def _to_label(
+    request: LabelRequest,
+    resolved: ResolvedCalculator,
+    outcome: JobOutcome,
+    status: LabelStatus,
+    reason: str,
+    folder: str,
+) -> Label:
+    structure = request.candidate.structure
+    values: dict[str, Any] = {}
+    details: dict[str, Any] = {"calculator": dict(resolved.facts)}
+    if outcome.kind == "done":
+        answer: Measurement = outcome.value
+        found = answer.inspection
+        details |= {"energy_kind": answer.energy_kind, "settings": answer.settings, "attempts": list(answer.attempts)}
+        details |= {"electronic_steps": found.electronic_steps, "code_version": found.code_version, **found.notes}
+        if status in ("ok", "rejected"):
+            values = {
+                "energy_ev": answer.energy_ev if math.isfinite(answer.energy_ev) else None,
+                "forces": plain_array(answer.forces, (len(structure), 3)),
+                "stress": answer.stress,
+                "magnetic_moments": answer.magnetic_moments,
+            }
+    return Label(
+        key=request.key,
+        structure=structure,
+        status=status,
+        fingerprint=resolved.fingerprint,
+        calculator=resolved.name,
+        reason=reason,
+        folder=folder,
+        seconds=outcome.seconds,
+        details=details,
+        **values,
+    )
+
+
+def telling_line(text: str) -> str:
+    """The line that says most about a death: Python's fatal error, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    return next((line for line in lines if line.startswith("Fatal Python error")), lines[-1])[:300]
