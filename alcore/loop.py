@@ -7,24 +7,19 @@ decides, and only then learns. What it needs from outside comes in a ``Workshop`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-
-from alcore.barrier import count_calls, held_against, label_fmax, reference_barrier, total_calls
+from alcore.barrier import count_calls, total_calls
 from alcore.dataset import grow
 from alcore.identity import label_key
-from alcore.neb import NebSpec, interpolate
+from alcore.neb import interpolate
 from alcore.probe import Probe, ProbeSpec, probe_path
-from alcore.protocols import Labeler, RecordStore, StepRunner, Trainer
-from alcore.selection import SelectSpec
-from alcore.stopping import StopSpec, budget, decide, overall, unmet
+from alcore.spin import path_jumps
+from alcore.state import LoopSpec, LoopState, Workshop, good_label
+from alcore.stopping import budget, overall, unmet
 from alcore.types import (
-    Calibration,
-    Candidate,
     Dataset,
     Decision,
     EndpointPair,
@@ -32,76 +27,9 @@ from alcore.types import (
     Label,
     LabelRequest,
     PathRecord,
-    Residual,
 )
-from alcore.uncertainty import calibrate, calibrated, of_lead, relative_sigmas
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSpec:
-    """What the loop is asked to do; sections as in the run file."""
-
-    run: str
-    neb: NebSpec = NebSpec()
-    select: SelectSpec = SelectSpec()
-    stop: StopSpec = StopSpec()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Workshop:
-    """What the loop works with.
-
-    Attributes:
-        labeler: the reference calculator.
-        trainer: makes surrogates.
-        store: remembers.
-        runner: runs the steps (plainly, or as Prefect tasks).
-        on_generation: hears of each record once it is stored.
-        log: takes lines for a person.
-    """
-
-    labeler: Labeler
-    trainer: Trainer[Any]
-    store: RecordStore
-    runner: StepRunner
-    on_generation: Callable[[GenerationRecord, Mapping[str, Label]], None] = lambda record, labels: None
-    log: Callable[[str], None] = lambda line: None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoopState:
-    """Everything a generation starts from.
-
-    Attributes:
-        pairs: hops with their end states as they stand, by name.
-        records: generations so far.
-        asked: kind and label of everything asked for so far, by key.
-        dataset: labels learned.
-        surrogate: what the trainer made of them.
-    """
-
-    pairs: Mapping[str, EndpointPair]
-    records: tuple[GenerationRecord, ...] = ()
-    asked: Mapping[str, tuple[str, Label]] = field(default_factory=dict)
-    dataset: Dataset = Dataset()
-    surrogate: Any = None
-
-    @property
-    def residuals(self) -> list[Residual]:
-        """All residuals so far, in order."""
-        return [residual for record in self.records for path in record.paths for residual in path.residuals]
-
-    @property
-    def labels(self) -> dict[str, Label]:
-        return {key: label for key, (_, label) in self.asked.items()}
-
-    @property
-    def decision(self) -> Decision:
-        return self.records[-1].decision if self.records else Decision(stop=False, code="continue", reason="")
-
-    def last(self, path: str) -> PathRecord | None:
-        """The latest record of a hop."""
-        return next((p for p in self.records[-1].paths if p.path == path), None) if self.records else None
+from alcore.uncertainty import calibrate
+from alcore.verdict import measure
 
 
 def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: Sequence[Label] = ()) -> LoopState:
@@ -141,7 +69,14 @@ def _resumed(fresh: LoopState, records: tuple[GenerationRecord, ...], shop: Work
         for p in last.paths
         if p.path in fresh.pairs
     }
-    state = replace(fresh, pairs=pairs, records=records, asked={**fresh.asked, **asked}, dataset=dataset)
+    state = replace(
+        fresh,
+        pairs=pairs,
+        records=records,
+        asked={**fresh.asked, **asked},
+        doubts=dict(last.doubts),
+        dataset=dataset,
+    )
     surrogate = shop.trainer.restore(fresh.surrogate, last, dataset, state.residuals)
     shop.log(f"goes on after generation {last.index} with {len(dataset)} labels")
     return replace(state, surrogate=surrogate)
@@ -197,8 +132,8 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         with _timed(seconds, "label"):
             requests = _requests(probes, state, spec, shop, index)
             labels = _obtain(requests, index, spec.run, shop)
-        state, paths = _measure(state, probes, requests, labels, spec, shop)
-        answered = [(r.candidate.kind, labels[r.key]) for r in requests]
+        state, paths = measure(state, probes, requests, labels, spec, shop)
+        answered = [(r.candidate.kind, state.labels[r.key]) for r in requests]
         calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)
         n_calls = total_calls(calls)
         decision = overall(paths, budget(n_calls, index, spec.stop))
@@ -213,22 +148,32 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             n_reference_calls=n_calls,
             n_labels_reused=sum(label.reused for _, label in state.asked.values()),
             calls_by_kind=calls,
+            doubts=dict(state.doubts),
             calibration=calibrate([*state.residuals, *(r for p in paths for r in p.residuals)]),
             surrogate=state.surrogate.describe(),
             seconds=seconds,
             decision=decision,
         )
         shop.runner.map("record", index, [spec.run], lambda _: shop.store.save_generation(record))
+    _warn_of_spin(record, state, shop)
     shop.on_generation(record, state.labels)
     return replace(state, records=(*state.records, record))
 
 
+def _warn_of_spin(record: GenerationRecord, state: LoopState, shop: Workshop) -> None:
+    """Spin states that jump along a band, said as soon as a new label shows them."""
+    labels = state.labels
+    for path in record.paths:
+        keys = [*state.keys_of(path.path), *path.label_keys]
+        for jump in path_jumps(path.band, keys, labels):
+            if {jump.before, jump.after} & set(path.label_keys):
+                shop.log(f"{path.path}: {jump}")
+
+
 def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Probe:
-    last = state.last(name)
-    initial, final = (
-        state.labels.get(key) if key else None for key in ((last.initial_label, last.final_label) if last else ("", ""))
-    )
-    tries = sum(state.asked[key][0] == "endpoint" for key in _path_keys(state, name))
+    last, labels = state.last(name), state.labels
+    initial, final = (good_label(labels, key) for key in ((last.initial_label, last.final_label) if last else ("", "")))
+    tries = sum(state.asked[key][0] == "endpoint" for key in state.keys_of(name))
     return probe_path(
         state.pairs[name],
         state.surrogate,
@@ -239,18 +184,8 @@ def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Prob
         end_state_tries=tries,
         key_of=lambda structure: label_key(structure, shop.labeler.fingerprint),
         asked=state.asked.keys(),
+        failed={key for key, label in labels.items() if not label.ok},
     )
-
-
-def _path_keys(state: LoopState, name: str) -> list[str]:
-    return [
-        key
-        for record in state.records
-        for p in record.paths
-        if p.path == name
-        for key in p.label_keys
-        if key in state.asked
-    ]
 
 
 def _requests(
@@ -293,140 +228,6 @@ def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Worksh
 def _owned(label: Label, run: str) -> Label:
     """A stored label counts as reused unless this very run had computed it before it was interrupted."""
     return replace(label, reused=label.details.get("computed_by") != run)
-
-
-def _measure(
-    state: LoopState,
-    probes: Mapping[str, Probe],
-    requests: Sequence[LabelRequest],
-    labels: Mapping[str, Label],
-    spec: LoopSpec,
-    shop: Workshop,
-) -> tuple[LoopState, list[PathRecord]]:
-    """Labels against predictions, end states as they now stand, the correction refitted, and each hop's decision."""
-    index = len(state.records)
-    asked = {**state.asked, **{r.key: (r.candidate.kind, labels[r.key]) for r in requests}}
-    dataset = grow(state.dataset, labels.values())
-    pairs = dict(state.pairs)
-    drafts: dict[str, PathRecord] = {}
-    for name, probe in probes.items():
-        answered = [
-            (c, labels[key])
-            for c in probe.candidates
-            if (key := label_key(c.structure, shop.labeler.fingerprint)) in labels
-        ]
-        drafts[name], pairs[name] = _draft(pairs[name], probe, answered, state, index)
-    new = [residual for draft in drafts.values() for residual in draft.residuals]
-    residuals = [*state.residuals, *new]
-    surrogate = shop.trainer.finish(state.surrogate, {}, dataset, residuals)
-    state = replace(state, pairs=pairs, asked=asked, dataset=dataset, surrogate=surrogate)
-    calibration = calibrate(residuals)
-    paths = []
-    for name in state.pairs:
-        if name not in drafts:
-            settled = state.last(name)
-            assert settled is not None
-            paths.append(replace(settled, label_keys=(), residuals=()))
-            continue
-        record = _with_std(drafts[name], surrogate, calibration, spec.stop.barrier_tolerance_ev)
-        given_up = _given_up(state, record, probes[name])
-        paths.append(replace(record, decision=given_up or decide(record, spec.stop)))
-    return state, paths
-
-
-def _draft(
-    pair: EndpointPair, probe: Probe, answered: Sequence[tuple[Candidate, Label]], state: LoopState, index: int
-) -> tuple[PathRecord, EndpointPair]:
-    """The hop's record before anything is decided, and its end states (moved where a relaxed one was labelled)."""
-    last = state.last(pair.name)
-    known = dict(state.labels)
-    ends = {"initial": last.initial_label if last else "", "final": last.final_label if last else ""}
-    structures = {"initial": pair.initial, "final": pair.final}
-    for candidate, label in answered:
-        known[label.key] = label
-        if candidate.kind in ("initial", "final", "endpoint") and label.ok:
-            side = "initial" if candidate.image == 0 else "final"
-            if _calmer(label, known.get(ends[side])):
-                ends[side], structures[side] = label.key, label.structure
-    initial, final = known.get(ends["initial"]), known.get(ends["final"])
-    before = known.get(last.initial_label) if last and last.initial_label else initial
-    residuals = [r for c, label in answered if (r := held_against(c, label, before, index)) is not None]
-    saddle = next(
-        (label for c, label in answered if probe.barrier and c.image == probe.barrier.saddle_image and label.ok), None
-    )
-    verified = reference_barrier(saddle, initial)
-    forward = probe.barrier.forward_ev if probe.barrier else None
-    best = verified if verified is not None else forward
-    reference = pair.reference_barrier_ev
-    moved = replace(pair, initial=structures["initial"], final=structures["final"])
-    record = PathRecord(
-        path=pair.name,
-        initial=moved.initial,
-        final=moved.final,
-        band=probe.band,
-        barrier=probe.barrier,
-        label_keys=tuple(label.key for _, label in answered),
-        residuals=tuple(residuals),
-        initial_label=ends["initial"],
-        final_label=ends["final"],
-        initial_fmax_ev_per_ang=label_fmax(initial),
-        final_fmax_ev_per_ang=label_fmax(final),
-        saddle_key=saddle.key if saddle else "",
-        verified_barrier_ev=verified,
-        saddle_fmax_ev_per_ang=label_fmax(saddle),
-        error_to_verified_ev=None if verified is None or forward is None else forward - verified,
-        error_to_reference_ev=None if best is None or reference is None else best - reference,
-    )
-    return record, moved
-
-
-def _calmer(new: Label, old: Label | None) -> bool:
-    """Whether a relaxed end state is better than the one before: lower in energy or in force."""
-    if old is None or not old.ok or new.energy_ev is None or old.energy_ev is None:
-        return True
-    return new.energy_ev < old.energy_ev or (label_fmax(new) or 0.0) < (label_fmax(old) or 0.0)
-
-
-def _with_std(record: PathRecord, surrogate: Any, calibration: Calibration, tolerance_ev: float) -> PathRecord:
-    """The barrier's calibrated uncertainty now that this generation's labels are known to the correction.
-
-    Where the saddle's label refuted the prediction (or there is none), the prediction stays as uncertain as it was, and
-    at least as uncertain as it was wrong.
-    """
-    if record.band is None or record.barrier is None:
-        return record
-    saddle = next((r for r in record.residuals if r.key == record.saddle_key), None)
-    if saddle is None or abs(saddle.error_ev) > tolerance_ev:
-        miss = abs(saddle.error_ev) if saddle else 0.0
-        return replace(record, barrier_std_ev=max(record.barrier.sigma_ev, miss))
-    ends = np.stack([record.band.positions[0], record.band.positions[record.barrier.saddle_image]])
-    prediction = surrogate.predict(record.band.template, ends)
-    committee, posterior = relative_sigmas(prediction)
-    std = calibrated(of_lead(committee, prediction.lead), posterior, calibration)[1]
-    return replace(record, barrier_std_ev=float(std))
-
-
-def _given_up(state: LoopState, record: PathRecord, probe: Probe) -> Decision | None:
-    """A hop that cannot go on: an end state that is no minimum, or labels that keep failing."""
-    if probe.hopeless:
-        return Decision(stop=True, code="end_state_not_minimum", reason=probe.hopeless)
-    earlier = [p for r in state.records for p in r.paths if p.path == record.path]
-    recent = [*earlier[-(MAX_FRUITLESS - 1) :], record]
-    fruitless = [p for p in recent if p.label_keys and not any(state.asked[key][1].ok for key in p.label_keys)]
-    if len(fruitless) >= MAX_FRUITLESS:
-        worst = state.asked[record.label_keys[0]][1]
-        return Decision(
-            stop=True,
-            code="labels_failing",
-            reason=f"{MAX_FRUITLESS} generations without a good label; last: {worst.status}, {worst.reason}",
-        )
-    if not record.label_keys and not probe.candidates:
-        return Decision(stop=True, code="labels_failing", reason="no image is left that is sound and not labelled")
-    return None
-
-
-MAX_FRUITLESS = 3
-"""Generations in a row without a single good label after which a hop is given up."""
 
 
 def _learn(state: LoopState, paths: Sequence[PathRecord], index: int, shop: Workshop) -> LoopState:

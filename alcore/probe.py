@@ -30,6 +30,8 @@ MAX_END_STATE_TRIES = 12
 """Relaxed end states that may be labelled for one hop before it is given up."""
 DOUBT_EV, DOUBT_GROWTH = 0.2, 1.2
 """A relaxation stops where the raw sigma of an image exceeds this, and exceeds the starting band's by this factor."""
+BESIDE_ANG = 0.002
+"""Far enough for another calculation, near enough to be as relaxed as before."""
 TRUSTED_ERROR_EV = 0.01
 """A band whose label was predicted within this is worth starting from again; any other starts from the interpolation,
 or it might not move and its saddle, labelled already, would never be confirmed."""
@@ -73,6 +75,7 @@ def probe_path(
     end_state_tries: int,
     key_of: Callable[[Structure], str],
     asked: Set[str],
+    failed: Set[str] = frozenset(),
 ) -> Probe:
     """Probes one hop.
 
@@ -85,9 +88,19 @@ def probe_path(
         end_state_tries: relaxed end states labelled so far.
         key_of: content key of a structure.
         asked: keys asked for so far.
+        failed: those of them whose label is of no use.
     """
+
+    def again(structure: Structure) -> Structure:
+        return beside(structure, lambda place: key_of(place) in failed)
+
     unlabelled = [
-        Candidate(path=pair.name, kind=kind, image=image, structure=structure)  # type: ignore[arg-type]
+        Candidate(
+            path=pair.name,
+            kind=kind,  # type: ignore[arg-type]
+            image=image,
+            structure=again(structure) if pair.relax else structure,
+        )
         for kind, image, structure, label in (("initial", 0, pair.initial, initial), ("final", -1, pair.final, final))
         if label is None
     ]
@@ -99,14 +112,35 @@ def probe_path(
         if (label_fmax(label) or 0.0) > spec.end_state_fmax_ev_per_ang
     ]
     if restless:
-        return _settle(pair, surrogate, spec, restless, end_state_tries, lambda place: key_of(place) not in asked)
+        return _settle(
+            pair,
+            surrogate,
+            spec,
+            restless,
+            end_state_tries,
+            again=again,
+            unasked=lambda place: key_of(place) not in asked,
+        )
     start = _start(pair, spec, previous)
-    band, prediction = relaxed_band(pair, surrogate, spec, start)
+    band, prediction = relaxed_band(pair, surrogate, spec, start, again)
     if previous is not None and previous.saddle_key in {key_of(band.structure(k)) for k in range(1, len(start) - 1)}:
         # The band did not move, so its saddle could never be put to the test again: come to it another way.
-        band, prediction = relaxed_band(pair, surrogate, spec, interpolate(pair, spec.neb))
+        band, prediction = relaxed_band(pair, surrogate, spec, interpolate(pair, spec.neb), again)
     candidates = select(band, prediction, spec.select, key_of=key_of, labelled=asked, guards=spec.guards)
     return Probe(candidates=tuple(candidates), band=band, barrier=estimate_barrier(band))
+
+
+def beside(structure: Structure, spoiled: Callable[[Structure], bool]) -> Structure:
+    """The structure itself, or, where asking for it brought no good label, a place beside it that was not asked yet.
+
+    The free atoms move by about ``BESIDE_ANG``: a calculation that fails at one geometry often works at the next.
+    """
+    place, tries = structure, 0
+    while spoiled(place):
+        tries += 1
+        moves = np.random.default_rng(tries).normal(scale=BESIDE_ANG, size=structure.positions.shape)
+        place = structure.moved(structure.positions + np.where(structure.fixed, 0.0, moves))
+    return place
 
 
 def _settle(
@@ -115,6 +149,8 @@ def _settle(
     spec: ProbeSpec,
     restless: list[tuple[str, int, Structure]],
     tries: int,
+    *,
+    again: Callable[[Structure], Structure],
     unasked: Callable[[Structure], bool],
 ) -> Probe:
     """End states whose reference force is too large, relaxed on the surrogate, as candidates."""
@@ -137,6 +173,7 @@ def _settle(
         other = pair.final if side == "initial" else pair.initial
         if np.abs(place.positions - other.positions).max() < 0.1:
             return Probe(candidates=(), hopeless=f"the {side} state relaxes into the other one: it is no minimum")
+        place = again(place)
         if unasked(place):
             candidates.append(
                 Candidate(path=pair.name, kind="endpoint", image=image, structure=place, forces=relaxed.forces[0])
@@ -174,24 +211,36 @@ def _doubt(pair: EndpointPair, surrogate: Surrogate, start: FloatArray) -> Calla
 
 
 def relaxed_band(
-    pair: EndpointPair, surrogate: Surrogate, spec: ProbeSpec, start: FloatArray
+    pair: EndpointPair,
+    surrogate: Surrogate,
+    spec: ProbeSpec,
+    start: FloatArray,
+    again: Callable[[Structure], Structure] = lambda structure: structure,
 ) -> tuple[Band, CommitteePrediction]:
-    """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state."""
+    """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state.
+
+    Args:
+        pair, surrogate, spec: see ``probe_path``.
+        start: where the images start, Å, ``(n_images, n_atoms, 3)``.
+        again: moves an image a little if asking for it as it is would be of no use.
+    """
     relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards, _doubt(pair, surrogate, start))
-    prediction = surrogate.predict(pair.initial, relaxed.positions)
+    inner = [again(pair.initial.moved(place)).positions for place in relaxed.positions[1:-1]]
+    positions = np.stack([relaxed.positions[0], *inner, relaxed.positions[-1]])
+    prediction = surrogate.predict(pair.initial, positions)
     committee, posterior = relative_sigmas(prediction)
     sigma = calibrated(of_lead(committee, prediction.lead), posterior, spec.calibration)
     sigma[0] = 0.0  # the initial state is the zero of energy
     band = Band(
         path=pair.name,
         template=pair.initial,
-        positions=relaxed.positions,
+        positions=positions,
         energies_ev=prediction.energies_ev - prediction.energies_ev[0],
         forces=prediction.forces,
         sigma_committee_ev=committee,
         sigma_posterior_ev=posterior,
         sigma_ev=sigma,
-        coordinate_ang=path_coordinate(pair.initial, relaxed.positions),
+        coordinate_ang=path_coordinate(pair.initial, positions),
         status=relaxed.status,
         reason=relaxed.reason,
         climbing_image=relaxed.climbing_image,

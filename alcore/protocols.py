@@ -99,6 +99,10 @@ class Labeler(Protocol):
         """One label for each request, in order; ``on_done`` hears of each as soon as it is there."""
         ...
 
+    def tidy(self, label: Label) -> None:
+        """This label is believed and stored: what is left of its calculation on disk may go."""
+        ...
+
     def close(self) -> None:
         """End every worker process; afterwards nothing is left running."""
         ...

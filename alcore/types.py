@@ -308,7 +308,7 @@ class Label:
         fingerprint: the calculator's content hash (code, version, settings that move the energy).
         calculator: its name.
         reason: one line; why it is not ``ok``.
-        folder: where the calculation ran and its files are kept, or "".
+        folder: where the calculation ran, or ""; its files are kept there until the label is believed.
         seconds: wall time of the calculation.
         reused: True if it was already in the store when this run asked.
         details: plain values worth keeping (code version, electronic steps, …).
@@ -474,6 +474,7 @@ class GenerationRecord:
         n_reference_calls: evaluations of the reference calculator so far, failures included, reused ones not.
         n_labels_reused: labels so far that the store already had.
         calls_by_kind: ``n_reference_calls`` by ``LabelKind``, plus ``failed``.
+        doubts: why labels that are ``ok`` by themselves are not believed beside the others, by key; none is trained on.
         calibration: as it stands after this generation.
         surrogate: what the surrogate is, for a person and for going on: ``strategy``, ``why``, ``members`` (sha256 of
             each member's weights), ``prior`` (sha256), ``train`` (epochs, errors), ``correction`` (precision, …).
@@ -489,6 +490,7 @@ class GenerationRecord:
     n_reference_calls: int = 0
     n_labels_reused: int = 0
     calls_by_kind: Mapping[str, int] = field(default_factory=dict)
+    doubts: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration = Calibration()
     surrogate: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from alcore.errors import InputError
 from alcore.protocols import RecordStore
 from alcore.types import GenerationRecord, Label, RunRecord
+from alcore.vetting import believed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,11 +29,12 @@ def load_run(store: RecordStore, name: str) -> RunRecord:
 
 
 def run_labels(store: RecordStore, generations: Sequence[GenerationRecord]) -> dict[str, Label]:
-    """Every label a run asked for or started from, by key, failed ones included."""
+    """Every label a run asked for or started from, by key: failed ones too, and those it did not believe as such."""
+    if not generations:
+        return {}
     keys = [key for generation in generations for record in generation.paths for key in record.label_keys]
-    if generations:
-        keys += [*generations[-1].label_keys, *generations[-1].kinds]
-    return store.load_labels(list(dict.fromkeys(keys)))
+    keys += [*generations[-1].label_keys, *generations[-1].kinds]
+    return believed(store.load_labels(list(dict.fromkeys(keys))), generations[-1].doubts)
 
 
 def run_rows(store: RecordStore, name: str | None = None) -> list[dict[str, Any]]:

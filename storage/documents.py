@@ -233,6 +233,7 @@ class GenerationDocument(Document):
     n_labels_reused = IntField(required=True)
     kinds = PlainField()
     calls_by_kind = PlainField()
+    doubts = PlainField()
     calibration = EmbeddedDocumentField(CalibrationDocument, required=True)
     surrogate = PlainField()
     seconds = PlainField()
@@ -348,4 +349,19 @@ class ModelDocument(Document):
     meta = {"collection": "models", "auto_create_index": False, "indexes": ["created"]}  # noqa: RUF012
 
 
-DOCUMENTS = (RunDocument, GenerationDocument, BandDocument, LabelDocument, ModelDocument)
+class LeaseDocument(Document):
+    """A name that ``owner`` holds until ``expires`` (the server's clock); ``token`` is new at each taking."""
+
+    name = StringField(primary_key=True)
+    owner = StringField(required=True)
+    token = StringField(required=True)
+    taken = DateTimeField(required=True)
+    expires = DateTimeField(required=True)
+    meta = {  # noqa: RUF012
+        "collection": "leases",
+        "auto_create_index": False,
+        "indexes": [{"fields": ["expires"], "expireAfterSeconds": 24 * 3600}],
+    }
+
+
+DOCUMENTS = (RunDocument, GenerationDocument, BandDocument, LabelDocument, ModelDocument, LeaseDocument)

@@ -102,6 +102,7 @@ class PathResult(_Row):
     error_to_verified_ev: Number = None
     reference_barrier_ev: Number = Field(None, description="barrier known from elsewhere, as the run file states it")
     error_to_reference_ev: Number = None
+    spin_jumps: list[str] = Field([], description="neighbouring labels of the path whose final moments differ")
     n_reference_calls: int = Field(description="calculations this hop asked for (of a label two hops share, both)")
     n_reference_calls_by_kind: dict[str, int] = Field(description="a failed one counts under its kind and as failed")
     n_labels_reused: int

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alcore.identity import sha256_hex
+from alcore.spin import path_jumps
 from alcore.types import Decision, GenerationRecord, Label, PathRecord, RunRecord
 from flows.report.frames import LabelledFrame, labelled_frames, last_probed, path_names, path_records
 from flows.report.schema import (
@@ -214,8 +215,8 @@ def _path_result(
     records = path_records(generations, path)
     last, probed = records[-1][1], last_probed(generations, path)
     verified = [(g.index, r.verified_barrier_ev) for g, r in records if r.verified_barrier_ev is not None]
-    mine = {frame.label.key: frame for frame in frames if frame.path == path}.values()
-    new = [frame for frame in mine if not frame.label.reused]
+    mine = {frame.label.key: frame for frame in frames if frame.path == path}
+    new = [frame for frame in mine.values() if not frame.label.reused]
     calls = Counter(frame.kind for frame in new) + Counter("failed" for frame in new if not frame.label.ok)
     values: dict[str, Any] = {"neb_converged": False, "saddle_verified": False}
     if probed is not None:
@@ -225,6 +226,7 @@ def _path_result(
             "saddle_reference_fmax_ev_per_ang": probed.saddle_fmax_ev_per_ang,
             "error_to_verified_ev": probed.error_to_verified_ev,
             "error_to_reference_ev": probed.error_to_reference_ev,
+            "spin_jumps": [str(jump) for jump in path_jumps(probed.band, list(mine), labels)],
         }
     return PathResult(
         name=path,
@@ -238,7 +240,7 @@ def _path_result(
         reference_barrier_ev=known_barrier_ev(run, path),
         n_reference_calls=len(new),
         n_reference_calls_by_kind=dict(calls),
-        n_labels_reused=sum(frame.label.reused for frame in mine),
+        n_labels_reused=sum(frame.label.reused for frame in mine.values()),
         generations=path_rows(generations, path),
         **values,
     )

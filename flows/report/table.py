@@ -121,6 +121,7 @@ def _path_lines(path: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str
             f"{e['kind'][:3]} {number(e['energy_ev'])} eV at {number(e['coordinate_ang'], 2)} Å" for e in inner
         )
         lines.append(f"  the path has several humps: {named}")
+    lines += [f"  {jump}" for jump in path["spin_jumps"]]
     if not path["neb_converged"]:
         lines.append(f"  the band is not relaxed on the surrogate ({path['neb_reason'] or path['neb_status']})")
     return lines

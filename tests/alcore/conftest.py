@@ -65,6 +65,9 @@ class EmtLabeler:
                 on_done(labels[-1])
         return labels
 
+    def tidy(self, label: Label) -> None:
+        """Nothing was written."""
+
     def close(self) -> None:
         """Nothing was started."""
 

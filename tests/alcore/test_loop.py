@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from alcore.endpoints import relax_end_state
-from alcore.loop import LoopSpec, LoopState, Workshop, begin, reopened, run_loop
+from alcore.loop import begin, reopened, run_loop
 from alcore.mace.trainer import MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
+from alcore.identity import label_key
 from alcore.neb import NebSpec
 from alcore.runner import PlainRunner
+from alcore.state import LoopSpec, LoopState, Workshop
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, GenerationRecord, Label
 from storage.memory import MemoryStore
@@ -195,6 +197,61 @@ def test_failed_labels_are_counted_and_never_learned(bench: Callable[..., Bench]
     assert not state.labels[bad].ok
     assert_counted_honestly(state, place)
     assert state.records[-1].calls_by_kind["failed"] == 2
+
+
+def _faulty(fault: Callable[[Label], Label]) -> Callable[[int, Label], Label]:
+    """``fault`` for a quarter of all structures, chosen by their keys, every time they are asked."""
+    return lambda call, label: fault(label) if int(label.key[0], 16) < 4 else label
+
+
+def test_lies_of_a_kev_are_found_out_and_not_learned(bench: Callable[..., Bench], au_pair: EndpointPair) -> None:
+    def lie(label: Label) -> Label:
+        assert label.energy_ev is not None
+        return replace(label, energy_ev=label.energy_ev + 1000.0)
+
+    place = bench(spoil=_faulty(lie))
+    state = place.run(au_pair)
+    lied = {key for key in state.asked if int(key[0], 16) < 4}
+    assert lied, "the seed gives at least one lie"
+    assert state.decision.code == "converged", state.decision.reason
+    assert state.records[-1].paths[0].verified_barrier_ev == pytest.approx(AU_BARRIER_EV, abs=BARRIER_EV)
+    assert lied == set(state.doubts)
+    assert lied.isdisjoint(label.key for label in state.dataset.labels)
+    assert {state.labels[key].status for key in lied} == {"rejected"}
+    assert all("no force there explains" in state.labels[key].reason for key in lied)
+    assert place.store.load_generations("au")[-1].doubts == state.doubts
+
+
+def test_an_end_state_that_lies_is_asked_beside_and_then_believed(
+    bench: Callable[..., Bench], au_pair: EndpointPair
+) -> None:
+    """With two labels nobody knows which one lies; two more beside them tell."""
+    liar = label_key(au_pair.final, "emt-in-process")
+
+    def spoil(call: int, label: Label) -> Label:
+        return replace(label, energy_ev=(label.energy_ev or 0.0) + 1000.0) if label.key == liar else label
+
+    state = bench(spoil=spoil).run(au_pair)
+    assert len(state.records[0].doubts) == 2, "neither is believed while there are only two"
+    assert len(state.records[0].label_keys) == 0
+    assert set(state.doubts) == {liar}
+    assert state.decision.code == "converged", state.decision.reason
+    final = state.pairs["hop"].final
+    assert 0 < np.abs(final.positions - au_pair.final.positions).max() < 0.1
+
+
+def test_an_end_state_that_always_fails_is_asked_beside(bench: Callable[..., Bench], au_pair: EndpointPair) -> None:
+    cursed = label_key(au_pair.initial, "emt-in-process")
+
+    def spoil(call: int, label: Label) -> Label:
+        if label.key != cursed:
+            return label
+        return replace(label, status="crashed", energy_ev=None, forces=None, reason="cursed")
+
+    place = bench(spoil=spoil)
+    state = place.run(au_pair)
+    assert state.decision.code == "converged", state.decision.reason
+    assert place.labeler.calls.count(cursed) == 1
 
 
 def test_a_calculator_that_always_fails_ends_the_run(bench: Callable[..., Bench], au_pair: EndpointPair) -> None:

@@ -56,6 +56,21 @@ def test_calls_are_counted_once_failures_included_reused_not(case: Any) -> None:
     assert summary["dataset_size"] == sum(label.ok for label in case.labels.values())
 
 
+def test_a_spin_state_that_jumps_is_reported(case: Any) -> None:
+    """Moments drift along the path but for the saddle, whose electron flipped."""
+    run, generations, labels = case
+    record = generations[-1].paths[0]
+    n_atoms = len(record.initial)
+    with_moments = {key: replace(label, magnetic_moments=np.full(n_atoms, 0.1)) for key, label in labels.items()}
+    assert barrier_summary(run, generations, with_moments)["paths"][0]["spin_jumps"] == []
+    flipped = np.full(n_atoms, 0.1)
+    flipped[-1] = 2.1
+    with_moments[record.saddle_key] = replace(with_moments[record.saddle_key], magnetic_moments=flipped)
+    jumps = barrier_summary(run, generations, with_moments)["paths"][0]["spin_jumps"]
+    assert jumps
+    assert all(f"moment of atom {n_atoms - 1}" in jump and "+2.10" in jump for jump in jumps)
+
+
 def test_failures_keep_reason_and_folder(case: Any) -> None:
     (failure,) = barrier_summary(*case)["failures"]
     assert failure["status"] == "crashed"

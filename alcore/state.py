@@ -1,0 +1,95 @@
+"""What the loop is asked, what it works with, and what a generation starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alcore.neb import NebSpec
+from alcore.protocols import Labeler, RecordStore, StepRunner, Trainer
+from alcore.selection import SelectSpec
+from alcore.stopping import StopSpec
+from alcore.types import Dataset, Decision, EndpointPair, GenerationRecord, Label, PathRecord, Residual
+from alcore.vetting import believed
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSpec:
+    """What the loop is asked to do; sections as in the run file."""
+
+    run: str
+    neb: NebSpec = NebSpec()
+    select: SelectSpec = SelectSpec()
+    stop: StopSpec = StopSpec()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workshop:
+    """What the loop works with.
+
+    Attributes:
+        labeler: the reference calculator.
+        trainer: makes surrogates.
+        store: remembers.
+        runner: runs the steps (plainly, or as Prefect tasks).
+        on_generation: hears of each record once it is stored.
+        log: takes lines for a person.
+    """
+
+    labeler: Labeler
+    trainer: Trainer[Any]
+    store: RecordStore
+    runner: StepRunner
+    on_generation: Callable[[GenerationRecord, Mapping[str, Label]], None] = lambda record, labels: None
+    log: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoopState:
+    """Everything a generation starts from.
+
+    Attributes:
+        pairs: hops with their end states as they stand, by name.
+        records: generations so far.
+        asked: kind and label of everything asked for so far, by key; the labels as the reference gave them.
+        doubts: why labels are not believed although they are ``ok`` by themselves (``alcore.vetting``), by key.
+        dataset: labels learned.
+        surrogate: what the trainer made of them.
+    """
+
+    pairs: Mapping[str, EndpointPair]
+    records: tuple[GenerationRecord, ...] = ()
+    asked: Mapping[str, tuple[str, Label]] = field(default_factory=dict)
+    doubts: Mapping[str, str] = field(default_factory=dict)
+    dataset: Dataset = Dataset()
+    surrogate: Any = None
+
+    @property
+    def residuals(self) -> list[Residual]:
+        """All residuals so far, in order."""
+        return [residual for record in self.records for path in record.paths for residual in path.residuals]
+
+    @property
+    def labels(self) -> dict[str, Label]:
+        """All labels by key; those in doubt are ``rejected``."""
+        return believed({key: label for key, (_, label) in self.asked.items()}, self.doubts)
+
+    @property
+    def decision(self) -> Decision:
+        return self.records[-1].decision if self.records else Decision(stop=False, code="continue", reason="")
+
+    def last(self, path: str) -> PathRecord | None:
+        """The latest record of a hop."""
+        return next((p for p in self.records[-1].paths if p.path == path), None) if self.records else None
+
+    def keys_of(self, path: str) -> list[str]:
+        """Keys of everything asked for a hop, in order."""
+        records = (p for record in self.records for p in record.paths if p.path == path)
+        return [key for record in records for key in record.label_keys if key in self.asked]
+
+
+def good_label(labels: Mapping[str, Label], key: str) -> Label | None:
+    """The label of that key if there is one that is believed."""
+    label = labels.get(key)
+    return label if label is not None and label.ok else None
