@@ -88,6 +88,8 @@ def fit_correction(
     force_residuals: FloatArray,
     unseen_energy_residuals_ev: FloatArray,
     unseen_force_residuals: FloatArray,
+    *,
+    min_precision: float = 1e-4,
     max_precision: float = 100.0,
 ) -> Correction:
     """Fits one posterior mean a model, and one covariance for all.
@@ -99,6 +101,8 @@ def fit_correction(
         unseen_energy_residuals_ev, unseen_force_residuals: the same against a model that never saw the labels,
             ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of
             labels a model was trained on are small for the wrong reason.
+        min_precision: lower bound of α. Without one the evidence explains by huge weights what comes from beyond the
+            model's reach; with it that becomes noise.
         max_precision: upper bound of α. Two end states at rest leave nothing to explain, and the evidence would then
             call a model that knows nothing perfect.
     """
@@ -125,11 +129,11 @@ def fit_correction(
         log_noise = 2 * dof * np.log(energy_noise) + 2 * n_forces * log_hyper[1]
         return float(0.5 * (misfit + log_det - n_features * log_hyper[0] + log_noise))
 
-    bounds = [(np.log(1e-4), np.log(max_precision)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
+    bounds = [(np.log(min_precision), np.log(max_precision)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
     best = min(
         (
             optimize.minimize(negative_log_evidence, [np.log(alpha), np.log(0.02)], bounds=bounds, method="L-BFGS-B")
-            for alpha in (0.1, min(10.0, max_precision))
+            for alpha in (max(0.1, min_precision), min(10.0, max_precision))
         ),
         key=lambda result: float(result.fun),
     )

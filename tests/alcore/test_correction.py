@@ -135,3 +135,20 @@ def test_one_label_is_enough_to_begin() -> None:
     found = _fit(design, energies, forces)
     assert np.isfinite(found.weights).all()
     assert (np.linalg.eigvalsh(found.covariance) > 0).all()
+
+
+def test_what_only_huge_weights_could_explain_becomes_noise() -> None:
+    """Features that hardly tell two places apart, and forces that differ there."""
+    rng = np.random.default_rng(0)
+    design = Design(
+        energy=np.zeros((2, N_FEATURES)),
+        groups=np.zeros(2, dtype=np.int64),
+        forces=0.001 * rng.standard_normal((9, N_FEATURES)),
+    )
+    energies, forces = np.zeros(2), design.forces @ (30.0 * rng.standard_normal(N_FEATURES))
+    free = _fit(design, energies, forces)
+    bound = fit_correction(design, energies[None], forces[None], energies, forces, min_precision=10.0)
+    assert np.abs(free.weights).max() > 10.0
+    assert np.abs(bound.weights).max() < 1.0
+    assert free.force_noise_ev_per_ang < 0.01
+    assert bound.force_noise_ev_per_ang == pytest.approx(np.sqrt(np.mean(forces**2)), rel=0.2)
