@@ -16,7 +16,11 @@ ASK_LIMIT_S = 30.0
 
 def find_program(command: str) -> Path | None:
     """The program that ``command`` (``"mpirun -np 4 pw.x"``) runs in the end, or None if it is not on this machine."""
-    for word in reversed(shlex.split(command)):
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that is not closed
+        return None
+    for word in reversed(words):
         found = shutil.which(word)
         if found and Path(found).name not in LAUNCHERS:
             return Path(found)
@@ -41,9 +45,15 @@ def _ask(program: str, _stamp: tuple[int, int], pattern: str, arguments: tuple[s
     with tempfile.TemporaryDirectory(prefix="al-loop-version-") as folder:
         try:
             answer = subprocess.run(
-                [program, *arguments], input=text, text=True, capture_output=True, cwd=folder, timeout=ASK_LIMIT_S
+                [program, *arguments],
+                input=text.encode(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                timeout=ASK_LIMIT_S,
+                check=False,  # a program that is asked for nothing else may well call that an error
             )
         except (OSError, subprocess.TimeoutExpired):
             return ""
-    match = re.search(pattern, answer.stdout + answer.stderr)
+    match = re.search(pattern, answer.stdout.decode(errors="replace"))
     return match[1] if match else ""
