@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from calculators.base import CalculatorEntry, CalculatorSettings
+from calculators.base import CalculatorEntry, CalculatorSettings, Inspection, Retry
 
 if TYPE_CHECKING:
     from tblite.ase import TBLite
 
     from alcore.types import Structure
+
+
+LOG = "tblite.txt"
+_STEP = re.compile(r"^ +(\d+) +-?\d+\.\d+ +-?\d+\.\d+E[+-]\d+ +\d+\.\d+E[+-]\d+ *$", re.MULTILINE)
 
 
 class TbliteSettings(CalculatorSettings):
@@ -24,6 +31,9 @@ class TbliteSettings(CalculatorSettings):
     accuracy: float = Field(1.0, gt=0, le=1000, description="numerical accuracy (no unit), smaller is tighter")
     electronic_temperature_k: float = Field(300.0, gt=0, description="Fermi smearing in K")
     max_iterations: int = Field(250, ge=1, description="self-consistency iterations before it counts as unconverged")
+    mixer_damping: float = Field(
+        0.4, gt=0, le=1, description="share of the new charges in the mixing, smaller is gentler"
+    )
 
 
 def total_charge(settings: TbliteSettings, structure: Structure | None) -> float:
@@ -34,13 +44,19 @@ def total_charge(settings: TbliteSettings, structure: Structure | None) -> float
 def make(settings: TbliteSettings, structure: Structure | None = None) -> TBLite:
     from tblite.ase import TBLite
 
-    return TBLite(
+    class LoggedTBLite(TBLite):
+        def calculate(self, *args: Any, **keywords: Any) -> None:
+            with Path(LOG).open("w", encoding="utf-8") as log, redirect_stdout(log):
+                super().calculate(*args, **keywords)
+
+    return LoggedTBLite(
         method=settings.method,
         charge=round(total_charge(settings, structure)),
         multiplicity=settings.multiplicity,
         accuracy=settings.accuracy,
         electronic_temperature=settings.electronic_temperature_k,
         max_iterations=settings.max_iterations,
+        mixer_damping=settings.mixer_damping,
     )
 
 
@@ -51,8 +67,9 @@ def unavailable(settings: TbliteSettings | None) -> str | None:
 def fingerprint_facts(settings: TbliteSettings) -> dict[str, Any]:
     from importlib.metadata import version
 
-    # max_iterations does not move the energy of an SCF that converged.
-    return {"code": "tblite", "version": version("tblite"), **settings.model_dump(exclude={"max_iterations"})}
+    # Neither steps nor mixing move the energy of an SCF that converged.
+    settled = settings.model_dump(exclude={"max_iterations", "mixer_damping"})
+    return {"code": "tblite", "version": version("tblite"), **settled}
 
 
 def elements(settings: TbliteSettings) -> set[int]:
@@ -82,6 +99,39 @@ def warm_up(settings: TbliteSettings) -> None:
     make(settings)
 
 
+def inspect(settings: TbliteSettings, calculator: Any) -> Inspection:
+    """Steps as tblite printed them; without a result, the last of those allowed means that they ran out."""
+    log = Path(LOG)
+    steps = [int(step) for step in _STEP.findall(log.read_text(encoding="utf-8"))] if log.is_file() else []
+    if not steps:
+        return Inspection()
+    if "energy" in calculator.results:
+        return Inspection(electronic_steps=steps[-1], converged=True)
+    ended = steps[-1] >= settings.max_iterations
+    return Inspection(
+        electronic_steps=steps[-1],
+        converged=False if ended else None,
+        reason=f"not self-consistent after {steps[-1]} steps (max_iterations)" if ended else "",
+    )
+
+
+def _gently(settings: TbliteSettings) -> TbliteSettings:
+    return settings.model_copy(update={"max_iterations": 3 * settings.max_iterations, "mixer_damping": 0.1})
+
+
+def _slowly(settings: TbliteSettings) -> TbliteSettings:
+    return settings.model_copy(update={"max_iterations": 10 * settings.max_iterations, "mixer_damping": 0.02})
+
+
+def _starved(settings: TbliteSettings) -> TbliteSettings:
+    return settings.model_copy(update={"max_iterations": 1})
+
+
+RETRIES = (
+    Retry(name="3x the steps, gentler mixing", change=_gently),
+    Retry(name="10x the steps, still gentler mixing", change=_slowly),
+)
+
 ENTRY = CalculatorEntry(
     name="tblite",
     description="GFN1-xTB / GFN2-xTB tight binding, Z up to 86, molecules and 3D periodic cells at the Γ point",
@@ -93,4 +143,7 @@ ENTRY = CalculatorEntry(
     takes_charge=True,
     warm_up=warm_up,
     refuse=refuse,
+    inspect=inspect,
+    retries=RETRIES,
+    sabotage={"unconverged": _starved},
 )
