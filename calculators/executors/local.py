@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alcore.errors import AlLoopError
+from calculators.executors.memory import MemoryWatch
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import MARK, end_family
 
@@ -27,7 +28,7 @@ STARTUP_LIMIT_S = 300.0
 
 _LOOK_S = 0.2
 _TAIL_LINES = 15
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -55,7 +56,7 @@ class _Worker:
         self.mark = uuid.uuid4().hex
         self.log = folder / f"worker-{self.mark[:8]}.log"
         self.connection, theirs = Pipe()
-        environment = os.environ | {name: str(threads) for name in _THREAD_VARIABLES} | {MARK: self.mark}
+        environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES} | {MARK: self.mark}
         # Our sys.path goes as an argument, not as PYTHONPATH: programs that a calculator starts must not inherit it.
         path = json.dumps([entry or os.getcwd() for entry in sys.path])
         try:
@@ -89,13 +90,14 @@ class _Worker:
             late = f"a worker was not ready within {STARTUP_LIMIT_S:g} s: {tail(self.log)}"
             raise WorkerStartError(str(value) if kind == "failed" else late)
 
-    def run(self, job: Any, folder: Path, timeout_s: float) -> JobOutcome:
+    def run(self, job: Any, folder: Path, timeout_s: float, memory_gb: float | None) -> JobOutcome:
         start = time.monotonic()
+        watch = MemoryWatch(self.process.pid, memory_gb)
         with suppress(OSError):  # a worker that died while idle is found below
             self.connection.send((str(folder), job, timeout_s))
         kind, value = self._answer(timeout_s)
         if kind == "begun":
-            kind, value = self._answer(timeout_s)
+            kind, value = self._answer(timeout_s, watch)
         elif kind == "died":
             return JobOutcome(kind="lost", text=self._how())
         seconds = time.monotonic() - start
@@ -103,11 +105,15 @@ class _Worker:
             how = self._how() if kind == "died" else ""
             said = tail(folder / "stderr.txt")
             return JobOutcome(kind="died" if how else "timeout", text=how, last_words=said, seconds=seconds)
+        if kind == "memory":
+            said = tail(folder / "stderr.txt")
+            used = f"used {value:.3g} GB, more than executor.memory_gb {memory_gb:g}"
+            return JobOutcome(kind="memory", text=used, last_words=said, seconds=seconds)
         if kind == "raised":
             return JobOutcome(kind="raised", text=value, seconds=seconds)
         return JobOutcome(kind="done", value=value, seconds=seconds)
 
-    def _answer(self, timeout_s: float) -> tuple[str, Any]:
+    def _answer(self, timeout_s: float, watch: MemoryWatch | None = None) -> tuple[str, Any]:
         deadline = time.monotonic() + timeout_s
         try:
             while (left := deadline - time.monotonic()) > 0:
@@ -117,6 +123,8 @@ class _Worker:
                 # A forked grandchild may hold the socket open, so its end alone does not tell.
                 if self.process.poll() is not None and not self.connection.poll():
                     return "died", None
+                if watch is not None and (excess := watch.excess_gb()) is not None:
+                    return "memory", excess
         except (EOFError, OSError):
             return "died", None
         return "timeout", None
@@ -152,6 +160,7 @@ class WorkerPool:
         folder: where workers live; jobs have folders of their own.
         workers: how many jobs run at once.
         threads: OpenMP, BLAS and torch threads of each worker, set before numpy is imported.
+        memory_gb: a job whose worker holds more, with all it started, is ended; None: no limit.
     """
 
     def __init__(
@@ -162,10 +171,11 @@ class WorkerPool:
         folder: Path,
         workers: int,
         threads: int = 1,
+        memory_gb: float | None = None,
     ) -> None:
         self._payload = pickle.dumps((setup, argument))
         self._folder = folder
-        self._threads = threads
+        self._threads, self._memory_gb = threads, memory_gb
         self._lock = threading.Lock()
         self._closed = False
         self._workers: set[_Worker] = set()
@@ -192,15 +202,15 @@ class WorkerPool:
             self._refuse_if_closed()
             busy, worker = worker, None  # goes back only if it answered
             try:
-                outcome = busy.run(job, folder, timeout_s)
+                outcome = busy.run(job, folder, timeout_s, self._memory_gb)
                 if outcome.kind == "lost":  # it had died while idle, so the job has not begun
                     self._release(busy)
                     busy = self._start()
-                    outcome = busy.run(job, folder, timeout_s)
+                    outcome = busy.run(job, folder, timeout_s, self._memory_gb)
             except BaseException:
                 self._release(busy)
                 raise
-            if outcome.kind in ("lost", "died", "timeout"):
+            if outcome.kind in ("lost", "died", "timeout", "memory"):
                 self._release(busy)
                 self._refuse_if_closed()
             else:

@@ -12,13 +12,14 @@ class JobOutcome:
 
     Attributes:
         kind: ``done``, ``raised`` (``text`` is the traceback), ``died`` (``text`` is how), ``timeout``,
-            or ``lost`` (the worker died before the job began, and so did a fresh one).
+            ``memory`` (it was ended because it used too much; ``text`` says how much), or ``lost`` (the worker died
+            before the job began, and so did a fresh one).
         value: what the job returned, if ``done``.
-        last_words: the last lines of its stderr, if it ``died`` or was late.
+        last_words: the last lines of its stderr, if it ``died``, was late or too large.
         seconds: wall time.
     """
 
-    kind: Literal["done", "raised", "died", "timeout", "lost"]
+    kind: Literal["done", "raised", "died", "timeout", "memory", "lost"]
     value: Any = None
     text: str = ""
     last_words: str = ""

@@ -25,7 +25,7 @@ def main(descriptor: int, parent: int) -> None:
     """Serve jobs that come through the socket ``descriptor`` until the process ``parent`` closes it or dies."""
     os.set_inheritable(descriptor, False)  # a job's own children must not keep the connection open
     connection = Connection(descriptor)
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=watch_parent, args=(parent,), daemon=True).start()
     faulthandler.enable(all_threads=False)
     try:
         setup, argument = connection.recv()
@@ -74,7 +74,7 @@ def _inside(folder: Path, home: str, timeout_s: float) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _watch_parent(parent: int) -> None:
+def watch_parent(parent: int) -> None:
     """End everything once the parent is gone, even killed; the kernel's parent-death signal would not do, because it
     comes at the end of the parent *thread* that started us, and spares our children."""
     while os.getppid() == parent:
