@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,14 @@ from typing import Any
 from alcore.errors import CalculatorError
 from alcore.identity import json_sha256
 from alcore.types import Structure
-from calculators.base import ResolvedCalculator
+from calculators.base import ResolvedCalculator, Retry
 from calculators.measure import Measurement, measure
+
+ATTEMPTS_FILE = "attempts.json"
+"""In a label's folder, once its ladder is climbed: the attempts so far, and the one that began last."""
+
+NOT_MADE = "not made"
+"""The status of a rung that would have moved the energy."""
 
 
 def prepare_worker(argument: tuple[ResolvedCalculator, int]) -> Callable[[Structure], Measurement]:
@@ -38,27 +45,48 @@ def prepare_worker(argument: tuple[ResolvedCalculator, int]) -> Callable[[Struct
 def climb(resolved: ResolvedCalculator, retries: int, structure: Structure) -> Measurement:
     """The first attempt that is ``ok``, else the last one made; each but the first in a folder ``retry-N`` of its own.
 
+    After a failure the next rung is the first one not yet looked at that answers to how it failed. One that would move
+    the energy, or cannot be made from these settings, is not tried; the reason then names it.
+
     Args:
         resolved: the calculator.
         retries: how many rungs may be climbed after the first attempt.
         structure: what is asked.
     """
-    entry, settings = resolved.entry, resolved.settings
-    rungs, tried = list(entry.retries), [_attempt(resolved, settings, structure, "as set")]
-    while (last := tried[-1]).status != "ok" and len(tried) <= retries:
-        while rungs and last.status not in rungs[0].after:
-            rungs.pop(0)
-        if not rungs:
+    home, rungs = Path.cwd(), list(resolved.entry.retries)
+    last = _attempt(resolved, resolved.settings, structure, "as set")
+    stories, made = [*last.attempts], 0
+    while last.status != "ok" and made < retries:
+        rung = next((rung for rung in rungs if last.status in rung.after), None)
+        if rung is None:
             break
-        rung = rungs.pop(0)
-        changed = rung.change(settings)
-        if moved := differing(entry.facts(changed), resolved.facts):
-            told = f"{last.reason}; the retry '{rung.name}' would change {', '.join(moved)} and was not made"
-            tried[-1] = replace(last, reason=told)
+        rungs.remove(rung)
+        try:
+            changed = changed_settings(resolved, rung)
+        except Exception as error:
+            stories.append({"name": rung.name, "status": NOT_MADE, "reason": " ".join(str(error).split())})
+            last = replace(last, reason=f"{last.reason}; the retry '{rung.name}' was not made: {error}")
             continue
-        with _own_folder(f"retry-{len(tried)}"):
-            tried.append(_attempt(resolved, changed, structure, rung.name))
-    return replace(tried[-1], attempts=tuple(attempt for one in tried for attempt in one.attempts))
+        # Whoever ends this label from outside still learns how far it had come.
+        begun = [*stories, {"name": rung.name, "status": "begun"}]
+        (home / ATTEMPTS_FILE).write_text(json.dumps(begun), encoding="utf-8")
+        made += 1
+        with own_folder(home, f"retry-{made}"):
+            last = _attempt(resolved, changed, structure, rung.name)
+        stories += last.attempts
+    return replace(last, attempts=tuple(stories))
+
+
+def changed_settings(resolved: ResolvedCalculator, rung: Retry) -> Any:
+    """The settings of a rung.
+
+    Raises:
+        CalculatorError: it would move the energy. Whatever the entry raises comes through too.
+    """
+    changed = rung.change(resolved.settings)
+    if moved := differing(resolved.entry.facts(changed), resolved.facts):
+        raise CalculatorError(f"it would change {', '.join(moved)}")
+    return changed
 
 
 def _attempt(resolved: ResolvedCalculator, settings: Any, structure: Structure, name: str) -> Measurement:
@@ -82,12 +110,14 @@ def differing(facts: Any, others: Any) -> list[str]:
 
 
 @contextmanager
-def _own_folder(name: str) -> Iterator[None]:
-    """Inside, a new folder ``name`` is the current one: an attempt must not find another's files."""
-    before = Path.cwd()
-    (before / name).mkdir()
-    os.chdir(name)
+def own_folder(home: Path, name: str) -> Iterator[None]:
+    """Inside, a new folder in ``home`` is the current one: an attempt must not find another's files."""
+    number = 1
+    while (folder := home / (name if number == 1 else f"{name}-{number}")).exists():  # a queue began this job again
+        number += 1
+    folder.mkdir()
+    os.chdir(folder)
     try:
         yield
     finally:
-        os.chdir(before)
+        os.chdir(home)

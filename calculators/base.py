@@ -84,11 +84,11 @@ class Retry:
     after: tuple[Literal["unconverged", "crashed"], ...] = ("unconverged",)
 
 
-def _no_inspection(_settings: Any, _calculator: Any) -> Inspection:
+def no_inspection(_settings: Any, _calculator: Any) -> Inspection:
     return Inspection()
 
 
-def _as_it_is(settings: Any) -> Any:
+def as_it_is(settings: Any) -> Any:
     return settings
 
 
@@ -127,10 +127,18 @@ class CalculatorEntry:
     takes_charge: bool = False
     warm_up: Callable[[Any], None] = _no_facts
     refuse: Callable[[Any, Structure], str | None] = _no_objection
-    complete: Callable[[Any], Any] = _as_it_is
-    inspect: Callable[[Any, Any], Inspection] = _no_inspection
+    complete: Callable[[Any], Any] = as_it_is
+    inspect: Callable[[Any, Any], Inspection] = no_inspection
     retries: tuple[Retry, ...] = ()
     sabotage: Mapping[LabelStatus, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A registered calculator travels to a worker or a queue by its name, so that it may be made of lambdas."""
+        from calculators.registry import find_calculator, get_calculator
+
+        if find_calculator(self.name) is self:
+            return get_calculator, (self.name,)
+        return super().__reduce_ex__(protocol)
 
     def facts(self, settings: Any) -> dict[str, Any]:
         """What a fingerprint is the hash of."""

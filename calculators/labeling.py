@@ -24,8 +24,8 @@ from calculators.labels import LabelLimits, conclude
 class ExecutorLabeler(ABC):
     """A ``Labeler`` (``alcore.protocols``) over some executor; several threads may call ``label`` at once.
 
-    Every calculation has a folder of its own. That of an ``ok`` label is removed; that of a failed one is kept with
-    the structure (``input.extxyz``), what the calculator wrote, and the reason (``error.txt``).
+    Every calculation has a folder of its own, with the structure (``input.extxyz``), what the calculator wrote and, if
+    it failed, the reason (``error.txt``). It stays until the label is believed (``tidy``).
 
     Args:
         resolved: the calculator.
@@ -75,30 +75,13 @@ class ExecutorLabeler(ABC):
         """
         for request in requests:
             self._resolved.check_structure(request.candidate.structure)
-        if not requests:
-            return []
-        labels: dict[int, Label] = {}
-        first_error: Exception | None = None
-        with ThreadPoolExecutor(min(self._workers, len(requests)), thread_name_prefix="label") as threads:
-            futures = {threads.submit(self._label_one, request): index for index, request in enumerate(requests)}
-            try:
-                for future in as_completed(futures):
-                    if future.cancelled():
-                        continue
-                    try:
-                        labels[futures[future]] = label = future.result()
-                        if on_done is not None:
-                            on_done(label)
-                    except Exception as error:
-                        first_error = first_error or error
-                        _cancel(futures)
-            except BaseException:  # Ctrl-C: nobody will read what is still being computed
-                _cancel(futures)
-                self.close()
-                raise
-        if first_error is not None:
-            raise first_error
-        return [labels[index] for index in range(len(requests))]
+        return label_each(requests, self._label_one, self._workers, on_done=on_done, stop=self.close)
+
+    def tidy(self, label: Label) -> None:
+        """This label is believed and stored: the folder of its calculation may go."""
+        folder = Path(label.folder)
+        if label.folder and folder.parent == self._folder:  # a label from the store may have been made anywhere
+            shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +103,7 @@ class LocalLabeler(ExecutorLabeler):
         resolved, folder, workers: see ``ExecutorLabeler``.
         timeout_s: wall time of one label, a worker's start not counted; after it, the whole process tree ends.
         threads: OpenMP, BLAS and torch threads of each worker.
+        memory_gb: a label whose worker, with all it started, holds more is ended and ``crashed``; None: no limit.
         max_force_ev_per_ang: a larger force on any atom makes a label ``rejected``.
         retries: how many rungs of the code's ladder a failed calculation may climb.
     """
@@ -132,6 +116,7 @@ class LocalLabeler(ExecutorLabeler):
         *,
         timeout_s: float = 3600.0,
         threads: int = 1,
+        memory_gb: float | None = None,
         max_force_ev_per_ang: float = 50.0,
         retries: int = 2,
     ) -> None:
@@ -139,8 +124,14 @@ class LocalLabeler(ExecutorLabeler):
         super().__init__(resolved, folder, workers, limits)
         if threads < 1:
             raise InputError(f"threads is {threads}", where="executor", mend="it must be positive")
-        argument = (resolved, retries)
-        self._pool = WorkerPool(prepare_worker, argument, folder=self._folder, workers=workers, threads=threads)
+        self._pool = WorkerPool(
+            prepare_worker,
+            (resolved, retries),
+            folder=self._folder,
+            workers=workers,
+            threads=threads,
+            memory_gb=memory_gb,
+        )
 
     def close(self) -> None:
         self._pool.close()
@@ -156,6 +147,48 @@ class LocalLabeler(ExecutorLabeler):
             if isinstance(error, WorkerStartError):
                 raise CalculatorError(str(error), where=f"calculator {self.name}") from error
             raise
+
+
+def label_each(
+    requests: Sequence[LabelRequest],
+    one: Callable[[LabelRequest], Label],
+    workers: int,
+    *,
+    on_done: Callable[[Label], None] | None,
+    stop: Callable[[], None],
+) -> list[Label]:
+    """``[one(request) for request in requests]``, ``workers`` at a time.
+
+    Args:
+        on_done: see ``ExecutorLabeler.label``.
+        stop: ends what ``one`` waits for; called at Ctrl-C.
+    Raises:
+        Exception: the first one that ``one`` or ``on_done`` raised; the rest is not begun then.
+    """
+    if not requests:
+        return []
+    labels: dict[int, Label] = {}
+    first_error: Exception | None = None
+    with ThreadPoolExecutor(min(workers, len(requests)), thread_name_prefix="label") as threads:
+        futures = {threads.submit(one, request): index for index, request in enumerate(requests)}
+        try:
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                try:
+                    labels[futures[future]] = label = future.result()
+                    if on_done is not None:
+                        on_done(label)
+                except Exception as error:
+                    first_error = first_error or error
+                    _cancel(futures)
+        except BaseException:  # Ctrl-C: nobody will read what is still being computed
+            _cancel(futures)
+            stop()
+            raise
+    if first_error is not None:
+        raise first_error
+    return [labels[index] for index in range(len(requests))]
 
 
 def _cancel(futures: dict[Future[Label], int]) -> None:

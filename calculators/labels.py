@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alcore.errors import InputError
 from alcore.types import Label, LabelRequest, LabelStatus, Structure
+from calculators.attempts import ATTEMPTS_FILE, NOT_MADE
 from calculators.base import ResolvedCalculator
 from calculators.checks import reject_reason
 from calculators.executors.outcome import JobOutcome
@@ -43,7 +45,7 @@ class LabelLimits:
 def conclude(
     request: LabelRequest, resolved: ResolvedCalculator, outcome: JobOutcome, folder: Path, limits: LabelLimits
 ) -> Label:
-    """The label of a job that has ended. The folder of an ``ok`` label is removed, that of any other keeps the reason.
+    """The label of a job that has ended; in its folder, ``error.txt`` says why it is not ``ok``.
 
     Args:
         request: what was asked.
@@ -52,25 +54,33 @@ def conclude(
         folder: where it ran.
         limits: what was allowed.
     """
-    status, reason, text = _judge(request.candidate.structure, resolved, outcome, limits)
-    if status == "ok":
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
+    attempts = outcome.value.attempts if outcome.kind == "done" else _attempts_begun(folder)
+    status, reason, text = _judge(request.candidate.structure, resolved, outcome, limits, attempts)
+    reason = " ".join(reason.split())
+    if status != "ok":
         (folder / "error.txt").write_text(f"{status}: {reason}\n{text}", encoding="utf-8")
-    return _to_label(request, resolved, outcome, status, reason, "" if status == "ok" else str(folder))
+    return _to_label(request, resolved, outcome, (status, reason), attempts, folder)
 
 
 def _judge(
-    structure: Structure, resolved: ResolvedCalculator, outcome: JobOutcome, limits: LabelLimits
+    structure: Structure,
+    resolved: ResolvedCalculator,
+    outcome: JobOutcome,
+    limits: LabelLimits,
+    attempts: Sequence[Mapping[str, Any]],
 ) -> tuple[LabelStatus, str, str]:
     """Status, reason in one line, and all the text there is about it."""
     if outcome.kind == "timeout":
-        return "timeout", f"no answer within {limits.timeout_s:g} s; its processes were ended", outcome.last_words
+        late = outcome.text or f"no answer within {limits.timeout_s:g} s"
+        late = f"{late}{_how_far(attempts)}; its processes were ended"
+        return "timeout", late, outcome.last_words
     if outcome.kind in ("died", "lost"):
         told = f": {telling_line(outcome.last_words)}" if outcome.last_words else ""
-        return "crashed", f"the worker process died ({outcome.text}){told}", outcome.last_words
+        return "crashed", f"the worker process died ({outcome.text}){_how_far(attempts)}{told}", outcome.last_words
+    if outcome.kind == "memory":
+        return "crashed", f"{outcome.text}{_how_far(attempts)}; its processes were ended", outcome.last_words
     if outcome.kind == "raised":
-        return "crashed", outcome.text.strip().splitlines()[-1], outcome.text
+        return "crashed", telling_line(outcome.text), outcome.text
     measurement: Measurement = outcome.value
     if measurement.status != "ok":
         return measurement.status, measurement.reason, measurement.error_text
@@ -86,22 +96,39 @@ def _other_version(resolved: ResolvedCalculator, measurement: Measurement) -> st
     return f"the output is from version {found}, the fingerprint says {stated} (mend calculator.settings.version)"
 
 
+def _attempts_begun(folder: Path) -> list[Mapping[str, Any]]:
+    """How far a job had come that was ended from outside; nothing if it was at its first attempt."""
+    try:
+        stories = json.loads((folder / ATTEMPTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return stories if isinstance(stories, list) else []
+
+
+def _how_far(attempts: Sequence[Mapping[str, Any]]) -> str:
+    made = [attempt for attempt in attempts if attempt["status"] != NOT_MADE]
+    return f", in its retry '{made[-1]['name']}' after {made[-2]['status']}" if len(made) > 1 else ""
+
+
 def _to_label(
     request: LabelRequest,
     resolved: ResolvedCalculator,
     outcome: JobOutcome,
-    status: LabelStatus,
-    reason: str,
-    folder: str,
+    judged: tuple[LabelStatus, str],
+    attempts: Sequence[Mapping[str, Any]],
+    folder: Path,
 ) -> Label:
-    structure = request.candidate.structure
+    structure, (status, reason) = request.candidate.structure, judged
     values: dict[str, Any] = {}
-    details: dict[str, Any] = {"calculator": dict(resolved.facts)}
+    details: dict[str, Any] = {"calculator": dict(resolved.facts), "attempts": list(attempts)}
     if outcome.kind == "done":
         answer: Measurement = outcome.value
         found = answer.inspection
-        details |= {"energy_kind": answer.energy_kind, "settings": answer.settings, "attempts": list(answer.attempts)}
-        details |= {"electronic_steps": found.electronic_steps, "code_version": found.code_version, **found.notes}
+        own: dict[str, Any] = {"energy_kind": answer.energy_kind, "settings": answer.settings}
+        own |= {"electronic_steps": found.electronic_steps, "code_version": found.code_version}
+        if answer.total_magnetic_moment is not None:
+            own["total_magnetic_moment"] = answer.total_magnetic_moment
+        details = {**found.notes, **details, **own}  # a note never hides what stands here for every code
         if status in ("ok", "rejected"):
             values = {
                 "energy_ev": answer.energy_ev if math.isfinite(answer.energy_ev) else None,
@@ -116,7 +143,7 @@ def _to_label(
         fingerprint=resolved.fingerprint,
         calculator=resolved.name,
         reason=reason,
-        folder=folder,
+        folder=str(folder),
         seconds=outcome.seconds,
         details=details,
         **values,

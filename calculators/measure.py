@@ -35,6 +35,7 @@ class Measurement:
         forces: eV/Å, constraints not applied.
         stress: eV/Å^3, Voigt order, or None.
         magnetic_moments: μ_B, or None.
+        total_magnetic_moment: of the cell, μ_B, or None.
         energy_kind: ``force-consistent`` or ``plain``.
         geometries: numbers, positions and cell of the atoms afterwards, as we hold them and as the calculator does.
         inspection: what the code's own output says.
@@ -49,6 +50,7 @@ class Measurement:
     forces: Any = None
     stress: Any = None
     magnetic_moments: Any = None
+    total_magnetic_moment: float | None = None
     energy_kind: str = ""
     geometries: tuple[tuple[Any, Any, Any], ...] = ()
     inspection: Inspection = Inspection()
@@ -86,6 +88,7 @@ def _inspected(measurement: Measurement, inspect: Callable[[], Inspection]) -> M
     """With what the output says; an inspection that fails spoils a good label, but does not hide a bad one's reason."""
     try:
         inspection = inspect()
+        inspection = replace(inspection, **plain_values(vars(inspection)))
     except Exception as error:
         if measurement.status != "ok":
             return measurement
@@ -131,6 +134,7 @@ def _measure(calculator: Any, structure: Structure) -> Measurement:
         energy_kind=kind,
         stress=_stress(atoms) if structure.pbc.all() else None,
         magnetic_moments=plain_array(results.get("magmoms"), (len(structure),)),
+        total_magnetic_moment=None if (total := plain_array(results.get("magmom"), ())) is None else float(total),
         geometries=geometries,
     )
 
@@ -166,9 +170,23 @@ def _stress(atoms: Atoms) -> Any:
         return None
 
 
+def plain_values(value: Any) -> Any:
+    """``value`` with nothing in it but what a pipe and a database carry: anything odd becomes its text."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_values(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def plain_array(values: Any, shape: tuple[int, ...]) -> Any:
     """A finite read-only array of that shape, or None."""
     if values is None:
         return None
-    array = frozen_array(values)
+    try:
+        array = frozen_array(values)
+    except (TypeError, ValueError):  # ragged, or not numbers
+        return None
     return array if array.shape == shape and np.isfinite(array).all() else None

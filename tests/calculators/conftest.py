@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ase.build import bulk
 
 from alcore.identity import label_key
 from alcore.types import Candidate, LabelRequest, Structure
+from calculators import plugins
 from calculators.base import ResolvedCalculator
 from calculators.registry import resolve
 
@@ -24,6 +26,37 @@ def misbehaving() -> Callable[..., ResolvedCalculator]:
         return resolve("ase", {"factory": f"misbehaving:{function}", "settings": settings, "path": str(HERE)})
 
     return make
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """``offer({"NAME": "module:object"})``: what a package installed beside us with these entry points would do.
+
+    Workers find it too: they inherit our search path.
+    """
+    monkeypatch.setattr(sys, "path", [*sys.path, str(HERE)])
+
+    def make(points: Mapping[str, str], package: str = "offered") -> None:
+        info = tmp_path / "site" / f"{package}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+        lines = [f"[{plugins.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        if str(info.parent) not in sys.path:
+            sys.path.append(str(info.parent))
+        plugins.forget()
+
+    yield make
+    monkeypatch.undo()
+    plugins.forget()
+
+
+@pytest.fixture
+def entries(offer: Callable[[Mapping[str, str]], None]) -> None:
+    """The calculators of ``misbehaving_entries.py`` are there, by name."""
+    import misbehaving_entries  # type: ignore[import-not-found]  # found through ``offer``
+
+    offer({name: f"misbehaving_entries:{name}" for name in misbehaving_entries.NAMES})
 
 
 @pytest.fixture(scope="session")

@@ -188,3 +188,15 @@ def charged(charge: float = 0.0) -> Calculator:
         calculator.results["energy"] = calculator.results["free_energy"] = 7.0 * charge
 
     return Spoiled(spoil)
+
+
+def hoards(megabytes: int, seconds: float = 300.0, child: bool = False) -> Calculator:
+    """Holds that much memory, itself or in a child, for so long."""
+    if child:
+        program = f"import time; held = b'x' * {megabytes * 10**6}; time.sleep({seconds})"
+        subprocess.run([sys.executable, "-c", program], check=True)
+        return EMT()
+    held = b"x" * (megabytes * 10**6)
+    time.sleep(seconds)
+    assert held
+    return EMT()

@@ -5,16 +5,20 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
+from pydantic import Field
 
 from alcore.errors import CalculatorError
 from alcore.identity import json_sha256
 from alcore.types import Structure
-from calculators.registry import REGISTRY, describe_all, get_calculator, resolve
+from calculators.base import CalculatorSettings, LocalPath
+from calculators.registry import REGISTRY, describe, describe_all, get_calculator, resolve
 
 
 def water(charge: float = 0.0, moments: list[float] | None = None) -> Structure:
@@ -22,7 +26,7 @@ def water(charge: float = 0.0, moments: list[float] | None = None) -> Structure:
 
 
 def test_unknown_name_gives_the_nearest_and_all() -> None:
-    with pytest.raises(CalculatorError, match=r"did you mean tblite\?.*emt, tblite, chgnet, mace, ase"):
+    with pytest.raises(CalculatorError, match=r"did you mean tblite\?.*known: emt, tblite, .*, ase"):
         get_calculator("tblight")
 
 
@@ -151,8 +155,54 @@ def test_describe_all_says_units_and_defaults() -> None:
     settings = {setting.name: setting for setting in described["tblite"].settings}
     assert settings["electronic_temperature_k"].default == 300.0
     assert "in K" in settings["electronic_temperature_k"].description
+    assert settings["electronic_temperature_k"].type == "number > 0"
+    assert settings["method"].type == "GFN1-xTB | GFN2-xTB"
+    assert settings["multiplicity"].type == "whole number ≥ 1 | null"
     assert {s.name for s in described["mace"].settings if s.required} == {"model"}
     assert all(setting.description for entry in described.values() for setting in entry.settings)
+
+
+class Inner(CalculatorSettings):
+    width_ev: float = 0.1
+
+
+class Oddities(CalculatorSettings):
+    """A setting of every kind that people declare."""
+
+    flag: bool = False
+    path: LocalPath = Field(description="a file")
+    table: dict[str, int] = Field(default_factory=dict)
+    anything: dict[str, Any] = Field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
+    mixed: list[int | str] = Field(default_factory=list)
+    kind: Literal["one"] = "one"
+    inner: Inner = Inner()
+    share: float = Field(0.5, ge=0, lt=1)
+
+
+def test_types_are_said_as_a_person_says_them() -> None:
+    described = describe(replace(REGISTRY["emt"], settings_model=Oddities, retries=(), sabotage={}))
+    assert {setting.name: setting.type for setting in described.settings} == {
+        "flag": "true | false",
+        "path": "path",
+        "table": "mapping to whole number",
+        "anything": "mapping",
+        "grid": "list of whole number | null",
+        "mixed": "list of whole number | text",
+        "kind": "one",
+        "inner": "mapping",
+        "share": "number ≥ 0, < 1",
+    }
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_entry_can_be_described_and_says_what_its_ladder_does(name: str) -> None:
+    described = describe(REGISTRY[name])
+    assert described.description
+    assert "\n" not in described.unavailable
+    assert len(described.retries) == len(REGISTRY[name].retries)
+    assert set(described.provokes) <= {"unconverged", "crashed", "timeout", "rejected"}
+    assert all(setting.type for setting in described.settings)
 
 
 def test_resolved_calculator_travels_to_a_worker() -> None:
