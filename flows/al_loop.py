@@ -14,7 +14,7 @@ from prefect.states import Failed
 from alcore.errors import AlLoopError, InputError
 from alcore.types import GenerationRecord, Label, RunRecord
 from flows.artifacts import publish
-from flows.runner import PrefectRunner
+from flows.runner import PrefectRunner, show_slots
 from flows.settings import RunSettings
 
 
@@ -71,5 +71,6 @@ def _run(config: str | None, settings: RunSettings | None, name: str | None) -> 
         runner=PrefectRunner(at_once(resolved)),
         on_generation=on_generation,
         log=log.info,
+        show_slots=show_slots,
     )
     return dict(barrier_summary(outcome.run, outcome.generations, outcome.labels))

@@ -13,9 +13,9 @@ import numpy as np
 from alcore.errors import InputError
 from alcore.protocols import RecordStore
 from alcore.types import EndpointPair, Label
-from flows import wiring
+from flows import environment, wiring
 from flows.session import earlier_run, open_record_store
-from flows.settings import RunSettings
+from flows.settings import ExecutorSettings, RunSettings
 
 if TYPE_CHECKING:
     from calculators.base import ResolvedCalculator
@@ -50,6 +50,7 @@ def check_run(settings: RunSettings) -> CheckReport:
     asked = [report.ask(partial(wiring.read_pair, path, f"paths.{k}")) for k, path in enumerate(settings.paths)]
     pairs = [pair for pair in asked if pair is not None]
     resolved = report.ask(lambda: wiring.resolve_calculator(settings, []))
+    report.ask(lambda: wiring.check_executor(settings.executor))
     given: list[Label] = []
     if resolved is not None:
         for pair in pairs:
@@ -73,18 +74,47 @@ def check_run(settings: RunSettings) -> CheckReport:
 
 
 def _plan(settings: RunSettings, resolved: ResolvedCalculator, prior: wiring.Prior, n_given: int) -> list[str]:
-    executor, stop, model = settings.executor, settings.stop, settings.model
-    limits = f"{executor.workers} at a time, {executor.timeout_s:g} s each at most"
+    stop, model = settings.stop, settings.model
     learns = f"strategy {model.strategy}, correction {model.correction}, on {wiring.pick_device(model.device)}"
     confirms = f"the reference confirms every barrier to {1e3 * stop.barrier_tolerance_ev:g} meV"
     return [
-        f"reference   {settings.calculator.name} (fingerprint {resolved.fingerprint[:12]}), {limits}",
+        f"reference   {settings.calculator.name} (fingerprint {resolved.fingerprint[:12]})",
+        *executor_lines(settings.executor),
         f"prior       {prior.name}",
         f"model       committee of {model.committee}, {learns}",
         f"data        {n_given} labels brought along",
         f"band        {settings.neb.n_images} images between the end states, {settings.neb.interpolation}",
         f"stops       when {confirms}, or after {stop.max_labels} labels or {stop.max_generations} generations",
     ]
+
+
+def executor_lines(executor: ExecutorSettings) -> list[str]:
+    """Where labels run, how many at once and why, and a warning if they would be in each other's way."""
+    _, limit = wiring.label_pool(executor)
+    each, cores = wiring.cores_of_a_label(executor), environment.cores()
+    where = f"queue {executor.queue}" if executor.queue else "this machine"
+    if executor.max_running is not None:
+        why = "executor.max_running"
+    elif executor.queue:
+        why = "unless executor.max_running says otherwise"
+    else:
+        why = f"{count(cores, 'core')} / {count(each, 'core' if executor.cores > 1 else 'thread')}"
+    most = [f"{executor.timeout_s:g} s"] + ([f"{executor.memory_gb:g} GB"] if executor.memory_gb else [])
+    running = f"{executor.workers} at a time of this run, {limit} of all runs there ({why})"
+    lines = [f"executor    {executor.kind}, {where}: {running}, {' and '.join(most)} each at most"]
+    if executor.queue is None and min(executor.workers, limit) * each > cores:
+        busy = min(executor.workers, limit) * each
+        lines.append(
+            f"warning     {count(busy, 'thread')} at once on {count(cores, 'core')} slow each other down "
+            f"(executor: fewer workers, threads or max_running)"
+        )
+    elif executor.workers > limit:
+        lines.append(f"warning     {executor.workers} workers, but only {limit} can ever run at once ({why})")
+    return lines
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _history(settings: RunSettings, store: RecordStore, pairs: list[EndpointPair], resolved: ResolvedCalculator) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.io import write
 from ase.stress import voigt_6_to_full_3x3_stress
@@ -55,20 +56,26 @@ def dataset_frames(generations: Sequence[GenerationRecord], labels: Mapping[str,
         label = frame.label
         if not label.ok or label.forces is None or label.key in frames:
             continue
-        atoms, kind = _atoms(label.structure), kinds.get(label.key, frame.kind)
-        atoms.info |= {
-            "REF_energy": label.energy_ev,
-            "config_type": f"{frame.path}-{kind}" if frame.path else kind,
-            "head": HEAD,
-            "calculator": label.calculator,
-            "fingerprint": label.fingerprint,
-            "key": label.key,
-        }
-        atoms.arrays["REF_forces"] = label.forces
-        if label.stress is not None:
-            atoms.info["REF_stress"] = voigt_6_to_full_3x3_stress(label.stress)
-        frames[label.key] = atoms
+        kind = kinds.get(label.key, frame.kind)
+        frames[label.key] = labelled_atoms(label, f"{frame.path}-{kind}" if frame.path else kind)
     return list(frames.values())
+
+
+def labelled_atoms(label: Label, config_type: str) -> Atoms:
+    """A sound label with the keys MACE reads (eV, eV/Å, eV/Å³)."""
+    atoms = _atoms(label.structure)
+    atoms.info |= {
+        "REF_energy": label.energy_ev,
+        "config_type": config_type,
+        "head": HEAD,
+        "calculator": label.calculator,
+        "fingerprint": label.fingerprint,
+        "key": label.key,
+    }
+    atoms.arrays["REF_forces"] = np.asarray(label.forces)
+    if label.stress is not None:
+        atoms.info["REF_stress"] = voigt_6_to_full_3x3_stress(label.stress)
+    return atoms
 
 
 def _atoms(structure: Structure) -> Atoms:

@@ -205,6 +205,27 @@ def _validate(model: type[M], values: Any, place: Loc, report: Report, base: Pat
         return None
 
 
+def read_section(model: type[M], values: Mapping[str, Any], place: str) -> M:
+    """A section that was put together outside a run file.
+
+    Args:
+        model: of the section.
+        values: its keys.
+        place: the section's name, for messages.
+    Raises:
+        RunFileErrors: everything that is wrong with it.
+    """
+    problems: list[str] = []
+
+    def report(loc: Loc, message: str, mend: str) -> None:
+        problems.append(str(InputError(message, where=".".join(map(str, loc)), mend=mend)))
+
+    section = _validate(model, dict(values), (place,), report)
+    if section is None:
+        raise RunFileErrors(problems)
+    return section
+
+
 def _resolve_calculator(calculator: dict[str, Any], base: Path, report: Report) -> None:
     """Check the calculator's name and its own settings, and make the paths among them absolute (in place)."""
     from calculators.registry import get_calculator
@@ -215,9 +236,6 @@ def _resolve_calculator(calculator: dict[str, Any], base: Path, report: Report) 
         return
     if not isinstance(name, str) or not isinstance(settings, dict):
         return  # RunSettings says so
-    if name in LATER_VALUES["calculator.name"]:
-        report(("calculator", "name"), f"{name!r} is not available yet", "`al-loop calculators` lists what there is")
-        return
     try:
         model = get_calculator(name).settings_model
     except CalculatorError as error:

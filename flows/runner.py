@@ -5,10 +5,14 @@ A task's only parameter is an id; nothing is cached or persisted by Prefect, bec
 
 from __future__ import annotations
 
+import contextvars
+import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -20,7 +24,18 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from alcore.errors import AlLoopError
 from alcore.protocols import StepName
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from flows.bounded import BoundedLabeler
+
 T = TypeVar("T")
+
+LIMIT_PREFIX = "al-loop-labels-"
+SLOT_LEASE_S, SLOT_RENEWAL_S, SLOT_LOOK_S = 60.0, 20.0, 1.0
+"""Prefect takes no shorter lease; after it, the slots of a flow that was killed are free in the dashboard, too."""
+
+logger = logging.getLogger(__name__)
 
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 SHORT_KEY = 6
@@ -85,3 +100,82 @@ def _as_task(step: StepName, generation: int, name: str, work: Callable[[str], T
 
 def _result(state: State[Any]) -> Any:
     return state.result(raise_on_failure=True)
+
+
+@contextmanager
+def show_slots(labeler: BoundedLabeler) -> Iterator[None]:
+    """Inside, a global concurrency limit in the dashboard (``al-loop-labels-<pool>``) shows how many labels run.
+
+    It only shows: the leases in the store are what counts. It follows them in a thread of its own, a second late, so
+    that whatever goes wrong here neither holds a label up nor ends it.
+    """
+    done = threading.Event()
+    context = contextvars.copy_context()  # Prefect's settings, the server's address among them, live there
+    mirror = SlotMirror(labeler)
+    thread = threading.Thread(target=context.run, args=(mirror.follow, done), name="label-slots", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+class SlotMirror:
+    """Occupies as many slots of Prefect's limit as ``labeler`` has labels running."""
+
+    def __init__(self, labeler: BoundedLabeler) -> None:
+        self._labeler, self._name = labeler, f"{LIMIT_PREFIX}{labeler.pool}"
+        self._leases: list[UUID] = []
+
+    def follow(self, done: threading.Event) -> None:
+        """Until ``done``; what fails is tried again when the slots are next renewed."""
+        looks = 0
+        every = round(SLOT_RENEWAL_S / SLOT_LOOK_S)
+        try:
+            with _client() as client:
+                while not done.wait(SLOT_LOOK_S if looks else 0):
+                    try:
+                        if looks % every == 0:
+                            client.upsert_global_concurrency_limit_by_name(self._name, self._labeler.limit)
+                            self._renew(client)
+                        self._match(client, self._labeler.running)
+                    except Exception as error:
+                        logger.debug("the dashboard's limit %s: %s", self._name, error)
+                    looks += 1
+                self._match(client, 0)
+        except Exception as error:
+            logger.debug("the dashboard shows no limit %s: %s", self._name, error)
+
+    def _match(self, client: SyncPrefectClient, wanted: int) -> None:
+        while len(self._leases) < wanted:
+            answer = client.increment_concurrency_slots_with_lease(
+                names=[self._name], slots=1, mode="concurrency", lease_duration=SLOT_LEASE_S
+            )
+            self._leases.append(UUID(answer.json()["lease_id"]))
+        while len(self._leases) > wanted:
+            client.release_concurrency_slots_with_lease(self._leases.pop())
+
+    def _renew(self, client: SyncPrefectClient) -> None:
+        held, self._leases = self._leases, []
+        for lease in held:  # one that the server has forgotten is dropped, and occupied anew
+            try:
+                client.renew_concurrency_lease(lease, SLOT_LEASE_S)
+                self._leases.append(lease)
+            except Exception as error:
+                logger.debug("the dashboard's slot %s: %s", lease, error)
+
+
+@contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
+    """A client of our own (the flow's is the flow's), which gives up at the first error instead of waiting."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({"client.max_retries": 0}):
+        api = PREFECT_API_URL.value()
+        if not api:
+            raise AlLoopError("there is no Prefect server")
+        key, auth = PREFECT_API_KEY.value(), PREFECT_API_AUTH_STRING.value()
+        with SyncPrefectClient(api, api_key=key, auth_string=auth) as client:
+            yield client

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from types import FrameType
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alcore.errors import AlLoopError, InputError, StoreError
 from alcore.identity import geometry_bytes, json_sha256
-from alcore.loop import LoopState, Workshop, begin, run_loop
+from alcore.loop import begin, run_loop
 from alcore.protocols import RecordStore, StepRunner
 from alcore.runner import PlainRunner
+from alcore.state import LoopState, Workshop
 from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
 from flows.settings import CalculatorSettings, RunSettings, StoreSettings
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from calculators.base import ResolvedCalculator
-    from calculators.labeling import LocalLabeler
+    from flows.bounded import BoundedLabeler
+    from storage.store import MongoStore
 
 PACKAGES = ("al-loop", "torch", "mace-torch", "ase", "numpy", "scipy", "prefect", "mongoengine")
 
@@ -45,6 +47,7 @@ STATUS: Mapping[StopCode, RunStatus] = {
 EXIT: Mapping[RunStatus, int] = {"converged": 0, "budget_spent": 3}
 
 OnGeneration = Callable[[RunRecord, Sequence[GenerationRecord], Mapping[str, Label]], None]
+ShowSlots = Callable[["BoundedLabeler"], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +69,7 @@ class RunOutcome:
     labels: dict[str, Label]
 
 
-def open_record_store(settings: StoreSettings | None) -> RecordStore:
+def open_record_store(settings: StoreSettings | None) -> MongoStore:
     """The database of the run file, of ``AL_LOOP_MONGODB_URI``, or the embedded one (started if need be).
 
     Raises:
@@ -84,6 +87,7 @@ def read_parts(settings: RunSettings) -> Parts:
     Raises:
         InputError: the first thing that cannot work.
     """
+    wiring.check_executor(settings.executor)
     pairs = wiring.read_pairs(settings)
     resolved = wiring.resolve_calculator(settings, pairs)
     given = wiring.read_data(settings, resolved)
@@ -97,6 +101,7 @@ def run_session(
     runner: StepRunner,
     on_generation: OnGeneration = lambda run, generations, labels: None,
     log: Callable[[str], None] = lambda line: None,
+    show_slots: ShowSlots = nullcontext,
 ) -> RunOutcome:
     """Runs the loop to its end; a name that exists goes on after its last completed generation.
 
@@ -105,6 +110,7 @@ def run_session(
         runner: where the steps run.
         on_generation: hears of every generation with all that came before.
         log: takes lines for a person.
+        show_slots: shows, inside, how many labels run at once (``flows.runner.show_slots`` in a flow).
 
     Raises:
         InputError: something in the settings cannot work, found before anything is computed.
@@ -112,7 +118,7 @@ def run_session(
     parts = read_parts(settings)
     with closing(open_record_store(settings.store)) as store:
         before = earlier_run(settings, store, parts.pairs, parts.resolved)
-        with closing(wiring.make_labeler(settings, parts.resolved, environment.data_dir())) as labeler:
+        with closing(wiring.make_labeler(settings, parts.resolved, store, environment.data_dir(), log)) as labeler:
             run = _open_run(settings, store, before, log)
             generations = store.load_generations(run.name)
 
@@ -131,7 +137,7 @@ def run_session(
                     log=log,
                 )
                 spec = wiring.loop_spec(settings)
-                with _ctrl_c_ends(labeler), wiring.few_threads(parts.pairs, spec):
+                with _ctrl_c_ends(labeler), show_slots(labeler), wiring.few_threads(parts.pairs, spec):
                     state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
             except BaseException as error:
                 with suppress(StoreError):  # if the store is what failed, that is what should be heard of
@@ -141,7 +147,7 @@ def run_session(
 
 
 @contextmanager
-def _ctrl_c_ends(labeler: LocalLabeler) -> Iterator[None]:
+def _ctrl_c_ends(labeler: BoundedLabeler) -> Iterator[None]:
     """Threads that wait for a label do not hear of Ctrl-C, and the runner waits for them: end what they wait for, too.
     In another thread, because the handler may interrupt one that holds the labeler's locks."""
     before = signal.getsignal(signal.SIGINT)

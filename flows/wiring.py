@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alcore.endpoints import make_pair, read_atoms, read_band
 from alcore.errors import EndpointError, InputError
-from alcore.loop import LoopSpec
 from alcore.neb import NebSpec
 from alcore.protocols import StepName
 from alcore.selection import SelectSpec
+from alcore.state import LoopSpec
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, Label
 from flows import environment
-from flows.settings import ModelSettings, PathSettings, RunSettings
+from flows.settings import ExecutorSettings, ModelSettings, PathSettings, RunSettings
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from alcore.mace.trainer import MaceTrainer
-    from alcore.protocols import RecordStore
+    from alcore.protocols import LeaseStore, RecordStore
     from calculators.base import ResolvedCalculator
-    from calculators.labeling import LocalLabeler
+    from calculators.executors.queues import QueueSpec, Resources
+    from calculators.labeling import ExecutorLabeler
+    from flows.bounded import BoundedLabeler
 
 
 NODES_WORTH_THREADS = 3000
 """Atoms in one batch from which on several threads gain more than they lose."""
+SUBMIT_COMMANDS = {"slurm": "sbatch", "sge": "qsub", "torque": "qsub", "lsf": "bsub", "flux": "flux"}
+QUEUE_LIMIT = 1000
+"""Jobs in a queue of all runs together, if the run file does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,19 +115,117 @@ def resolve_calculator(settings: RunSettings, pairs: Sequence[EndpointPair]) -> 
     return resolved
 
 
-def make_labeler(settings: RunSettings, resolved: ResolvedCalculator, data_dir: Path) -> LocalLabeler:
-    """Worker processes for the reference calculator; their folders lie under the data folder, by run."""
+def make_labeler(
+    settings: RunSettings,
+    resolved: ResolvedCalculator,
+    store: LeaseStore,
+    data_dir: Path,
+    log: Callable[[str], None] | None = None,
+) -> BoundedLabeler:
+    """Computes reference labels, no more at once over all runs than the executor says; its folders lie under the data
+    folder, by run.
+
+    Args:
+        store: holds the leases by which labels that run are counted.
+        log: takes lines for a person.
+    Raises:
+        InputError: the executor's settings make no sense, or its queue is not here.
+    """
+    folder = data_dir / "calculations" / settings.name
+    return open_labeler(settings.executor, resolved, store, folder, run=settings.name, log=log)
+
+
+def open_labeler(
+    executor: ExecutorSettings,
+    resolved: ResolvedCalculator,
+    store: LeaseStore,
+    folder: Path,
+    *,
+    run: str,
+    log: Callable[[str], None] | None = None,
+) -> BoundedLabeler:
+    """As ``make_labeler``, outside a run; ``run`` is what others who wait for a slot are told."""
+    from flows.bounded import BoundedLabeler
+
+    inner = _pyiron(executor, resolved, folder) if executor.kind == "pyiron" else _local(executor, resolved, folder)
+    pool, limit = label_pool(executor)
+    return BoundedLabeler(inner, store, pool=pool, limit=limit, workers=executor.workers, run=run, log=log)
+
+
+def _local(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> ExecutorLabeler:
     from calculators.labeling import LocalLabeler
 
-    executor = settings.executor
     return LocalLabeler(
         resolved,
-        data_dir / "calculations" / settings.name,
+        folder,
         workers=executor.workers,
         timeout_s=executor.timeout_s,
         threads=executor.threads,
+        memory_gb=executor.memory_gb,
         retries=executor.retries,
     )
+
+
+def _pyiron(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> ExecutorLabeler:
+    from calculators.pyiron_labeling import PyironLabeler
+
+    queue, resources = _jobs(executor)
+    return PyironLabeler(
+        resolved,
+        folder,
+        workers=executor.workers,
+        queue=queue,
+        resources=resources,
+        timeout_s=executor.timeout_s,
+        retries=executor.retries,
+    )
+
+
+def _jobs(executor: ExecutorSettings) -> tuple[QueueSpec | None, Resources]:
+    from calculators.executors.queues import QueueSpec, Resources, walltime_s
+
+    queue = None
+    if executor.queue is not None and executor.walltime is not None:
+        queue = QueueSpec(
+            system=executor.queue,
+            walltime_s=walltime_s(executor.walltime),
+            partition=executor.partition,
+            submit_options=tuple(executor.submit_options),
+        )
+    return queue, Resources(
+        cores=cores_of_a_label(executor),
+        threads=executor.threads,
+        memory_gb=executor.memory_gb,
+        modules=tuple(executor.modules),
+        prologue=tuple(executor.prologue),
+    )
+
+
+def check_executor(executor: ExecutorSettings) -> None:
+    """Raises:
+    InputError: what the executor needs is not here, or its settings make no sense together.
+    """
+    if executor.kind != "pyiron":
+        return
+    queue, _ = _jobs(executor)
+    if find_spec("pyiron_base") is None:
+        raise InputError("pyiron_base is not installed", where="executor.kind", mend="pip install pyiron_base pysqa")
+    if queue is not None and shutil.which(command := SUBMIT_COMMANDS[queue.system]) is None:
+        mend = "run al-loop where jobs are submitted, or remove `queue`"
+        raise InputError(f"{command} is not on this machine", where="executor.queue", mend=mend)
+
+
+def cores_of_a_label(executor: ExecutorSettings) -> int:
+    """Cores one calculation keeps busy."""
+    return max(executor.cores, executor.threads)
+
+
+def label_pool(executor: ExecutorSettings) -> tuple[str, int]:
+    """What the labels of this executor share with those of all other runs, and how many of them may run there."""
+    if executor.queue is not None:
+        return f"queue-{executor.queue}", executor.max_running or QUEUE_LIMIT
+    carried = max(1, environment.cores() // cores_of_a_label(executor))
+    return f"local-{environment.host()}", executor.max_running or carried
 
 
 def elements(pairs: Sequence[EndpointPair], given: Sequence[Label]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,14 +13,15 @@ from alcore.identity import sha256_hex
 from alcore.types import GenerationRecord, Label, RunRecord
 from storage import mapping
 from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument, encode_plain
+from storage.leases import MemoryLeases
 from storage.uris import redact_tree
 
 
-class MemoryStore:
-    """``alcore.protocols.RecordStore`` that keeps the very bytes MongoDB would be sent."""
+class MemoryStore(MemoryLeases):
+    """``alcore.protocols.RecordStore`` that keeps the very bytes MongoDB would be sent; a ``LeaseStore``, too."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        super().__init__()
         self._runs: dict[str, bytes] = {}
         self._generations: dict[str, dict[int, tuple[bytes, list[bytes]]]] = {}
         self._labels: dict[str, tuple[bytes, set[str]]] = {}

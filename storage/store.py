@@ -35,10 +35,12 @@ from storage.documents import (
     BandDocument,
     GenerationDocument,
     LabelDocument,
+    LeaseDocument,
     RunDocument,
     encode_plain,
 )
 from storage.files import FileShelf
+from storage.leases import MongoLeases
 from storage.mongod import ensure_mongod
 from storage.uris import address, redact_tree, redact_uri
 
@@ -49,6 +51,7 @@ UNREACHABLE_MS = 4000
 BLOB_BYTES = 128 * 1024
 """Arrays above this go to GridFS, so that no document comes near MongoDB's limit of 16 MB."""
 KEYS_PER_QUERY = 5000
+INDEX_OPTIONS = ("unique", "expireAfterSeconds")
 ACCESS_CODES = {13, 18, 8000}  # unauthorized, authentication failed, the same at Atlas
 
 
@@ -91,7 +94,9 @@ def _store_error(error: PyMongoError, where: str) -> StoreError:
 
 
 class MongoStore:
-    """``alcore.protocols.RecordStore`` on MongoDB. Several may be open in one process; threads may share one.
+    """``RecordStore`` and ``LeaseStore`` (``alcore.protocols``) on MongoDB.
+
+    Several may be open in one process; threads may share one.
 
     Args:
         uri: address of the server.
@@ -123,6 +128,7 @@ class MongoStore:
             ) from None
         self._models = FileShelf(self._database, "models")
         self._blobs = FileShelf(self._database, BLOB_COLLECTION)
+        self._leases = MongoLeases(self._collection(LeaseDocument))
         try:
             self._prepare()
         except BaseException:
@@ -145,7 +151,7 @@ class MongoStore:
             )
         for document in DOCUMENTS:
             specs = document._meta["index_specs"]
-            indexes = [IndexModel(spec["fields"], unique=spec.get("unique", False)) for spec in specs]
+            indexes = [IndexModel(spec["fields"], **{k: spec[k] for k in INDEX_OPTIONS if k in spec}) for spec in specs]
             self._collection(document).create_indexes(indexes)
 
     def query(self, kind: type[Document], **filters: Any) -> Any:
@@ -272,6 +278,25 @@ class MongoStore:
     @_guarded
     def load_model(self, sha256: str) -> bytes:
         return self._models.get(sha256)
+
+    # leases
+
+    @_guarded
+    def take_lease(self, names: Sequence[str], owner: str, seconds: float) -> str | None:
+        return self._leases.take_lease(names, owner, seconds)
+
+    @_guarded
+    def renew_lease(self, name: str, owner: str, seconds: float) -> bool:
+        """One that ran out but that nobody took meanwhile is still its owner's."""
+        return self._leases.renew_lease(name, owner, seconds)
+
+    @_guarded
+    def release_lease(self, name: str, owner: str) -> None:
+        self._leases.release_lease(name, owner)
+
+    @_guarded
+    def held_leases(self, prefix: str) -> dict[str, str]:
+        return self._leases.held_leases(prefix)
 
     def close(self) -> None:
         self._client.close()

@@ -149,6 +149,22 @@ BAD: dict[str, tuple[Callable[[Any], dict[str, Any]], list[str]]] = {
         lambda hop: {"calculator": {"name": "tblite"}},
         ["calculator tblite: tblite is not installed (pip install tblite)"],
     ),
+    "executor that is not there": (
+        lambda hop: {"executor": {"kind": "piron"}},
+        ["bad.yaml: executor.kind: 'piron' is not known (did you mean `pyiron`?; line 1)"],
+    ),
+    "queue without its command": (
+        lambda hop: {"executor": {"kind": "pyiron", "queue": "lsf", "walltime": "1:00:00"}},
+        ["executor.queue: bsub is not on this machine (run al-loop where jobs are submitted, or remove `queue`)"],
+    ),
+    "queue that cannot be driven": (
+        lambda hop: {"executor": {"kind": "pyiron", "queue": "moab", "walltime": "1:00:00"}},
+        ["executor.queue: pysqa can submit to moab, but not tell a job's number", "(use the system below it: torque "],
+    ),
+    "key of a queue without one": (
+        lambda hop: {"executor": {"cores": 4}},
+        ["bad.yaml: executor: `cores` belongs to kind: pyiron (remove it, or set kind: pyiron; line 1)"],
+    ),
     "factory that is not there": (
         lambda hop: {"calculator": {"name": "ase", "factory": "not_here:calculator"}},
         ["calculator.factory: cannot import not_here:calculator: ", "(write package.module:function; "],

@@ -15,10 +15,12 @@ from typer.testing import CliRunner, Result
 
 from alcore.mace.models import build_model
 from alcore.types import RunRecord
-from flows.check import check_run
+from flows import environment
+from flows.check import check_run, executor_lines
 from flows.cli import app
 from flows.runfile import load_run_file
 from flows.session import open_record_store
+from flows.settings import ExecutorSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*loaded with pickle.*")
 
@@ -33,6 +35,7 @@ def test_it_says_what_the_run_would_do(hop: Any, home: Path) -> None:
     said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert said["path"].startswith("hop: Cu9, 9 atoms (5 free); Cu 8 moves 2.5")
     assert said["reference"].startswith("ase (fingerprint ")
+    assert said["executor"].startswith("local, this machine: 1 at a time of this run, ")
     assert (
         said["prior"]
         == "untrained MACE (seed 0) on an elastic network of the end states, which has seen no reference data"
@@ -115,3 +118,43 @@ def test_elements_of_the_data_must_be_known_to_the_model_too(hop: Any, home: Pat
     result = check(hop.run_file("copper", model=model, data=["gold-data.extxyz"]))
     assert result.exit_code == 2
     assert result.stderr.startswith("model.foundation: the foundation model does not know Au")
+
+
+@pytest.mark.parametrize(
+    ("values", "cores", "expected"),
+    [
+        (
+            {},
+            2,
+            ["executor    local, this machine: 2 at a time of this run, 2 of all runs there (2 cores / 1 thread), "],
+        ),
+        (
+            {"workers": 3, "threads": 2, "memory_gb": 1.5},
+            8,
+            ["3 at a time of this run, 4 of all runs there (8 cores / 2 threads), 3600 s and 1.5 GB each at most"],
+        ),
+        ({"workers": 4}, 2, ["4 at a time", "4 workers, but only 2 can ever run at once (2 cores / 1 thread)"]),
+        (
+            {"workers": 1, "threads": 4},
+            2,
+            ["1 at a time", "warning     4 threads at once on 2 cores slow "],
+        ),
+        (
+            {"workers": 3, "max_running": 3},
+            2,
+            ["3 of all runs there (executor.max_running)", "3 threads at once on "],
+        ),
+        (
+            {"kind": "pyiron", "queue": "slurm", "walltime": "1:00:00", "workers": 50, "cores": 32},
+            2,
+            ["executor    pyiron, queue slurm: 50 at a time of this run, 1000 of all runs there (unless "],
+        ),
+    ],
+)
+def test_it_says_how_many_labels_run_at_once_and_why(
+    values: dict[str, Any], cores: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: cores)
+    lines = executor_lines(ExecutorSettings(**values))
+    assert len(lines) == len(expected)
+    assert not [pair for pair in zip(lines, expected, strict=True) if pair[1] not in pair[0]]

@@ -95,7 +95,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["label", "x.xyz"], "al-loop label: not available yet (there is: init check run "),
+        (["pretrain", "x.yaml"], "al-loop pretrain: not available yet (there is: init check run "),
         (["benchmark", "bench.yaml"], "al-loop benchmark: not available yet"),
         (["pretrain"], "al-loop pretrain: not available yet"),
         (["gc"], "al-loop gc: not available yet"),

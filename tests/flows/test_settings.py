@@ -12,7 +12,14 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from flows.settings import FOUNDATION_NAMES, CalculatorSettings, PathSettings, RunSettings, TrainingOptions
+from flows.settings import (
+    FOUNDATION_NAMES,
+    CalculatorSettings,
+    ExecutorSettings,
+    PathSettings,
+    RunSettings,
+    TrainingOptions,
+)
 
 DOCUMENTED = """
 name: cu-vacancy
@@ -47,6 +54,9 @@ POSITIVE = [
     ("executor", "workers"),
     ("executor", "timeout_s"),
     ("executor", "threads"),
+    ("executor", "max_running"),
+    ("executor", "memory_gb"),
+    ("executor", "cores"),
     ("model", "committee"),
     ("neb", "n_images"),
     ("neb", "fmax_ev_per_ang"),
@@ -85,7 +95,7 @@ def test_every_key_says_what_it_means_and_in_which_unit() -> None:
     described = dict(leaves(RunSettings))
     assert len(described) > 40
     assert not [key for key, description in described.items() if len(description) < 10]
-    units = {"_ev": "eV", "_ev_per_ang": "eV/Å", "_ev_per_ang2": "eV/Å²", "_s": "s;"}
+    units = {"_gb": "GB", "_ev": "eV", "_ev_per_ang": "eV/Å", "_ev_per_ang2": "eV/Å²", "_s": "s;"}
     for ending, unit in units.items():
         keys = [key for key in described if key.endswith(ending)]
         assert keys
@@ -102,7 +112,12 @@ def test_what_must_be_positive_is(section: str, key: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("executor", "kind", "pyiron"),
+        ("executor", "kind", "dask"),
+        ("executor", "queue", "cron"),
+        ("executor", "walltime", "12 hours"),
+        ("executor", "walltime", 3600),
+        ("executor", "retries", -1),
+        ("executor", "memory_gb", float("inf")),
         ("model", "strategy", "lora"),
         ("model", "strategy", "multihead"),
         ("model", "correction", "gp"),
@@ -156,6 +171,32 @@ def test_a_factory_goes_with_ase_and_with_nothing_else() -> None:
     for wrong in ({"name": "ase"}, {"name": "emt", "factory": "a:b"}, {"name": "ase", "factory": "no colon"}):
         with pytest.raises(ValidationError, match="factory"):
             CalculatorSettings.model_validate(wrong)
+
+
+QUEUED: dict[str, Any] = {"kind": "pyiron", "queue": "slurm", "walltime": "1-12:00:00"}
+
+
+@pytest.mark.parametrize("values", [{}, {"kind": "pyiron"}, {"kind": "pyiron", "cores": 4, "prologue": ["x"]}, QUEUED])
+def test_executors_that_make_sense(values: dict[str, Any]) -> None:
+    settings = ExecutorSettings.model_validate(values)
+    assert {key: getattr(settings, key) for key in values} == values
+    assert settings.kind == values.get("kind", "local")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"cores": 2}, "cores"),
+        ({"modules": ["vasp"]}, "modules"),
+        ({"queue": "slurm", "walltime": "1:00:00"}, "queue"),
+        ({"kind": "pyiron", "walltime": "1:00:00"}, "walltime"),
+        ({"kind": "pyiron", "submit_options": ["--account=a"]}, "submit_options"),
+        ({"kind": "pyiron", "queue": "slurm"}, "walltime"),
+    ],
+)
+def test_keys_of_an_executor_that_it_would_ignore_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=f"`{named}`"):
+        ExecutorSettings.model_validate(values)
 
 
 def test_the_foundation_names_are_those_of_mace_torch() -> None:

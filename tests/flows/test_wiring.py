@@ -14,9 +14,9 @@ from ase.calculators.emt import EMT
 from alcore.errors import CalculatorError, EndpointError, InputError, ModelError
 from alcore.identity import label_key, sha256_hex
 from alcore.mace.models import build_model, model_elements, weights_sha256
-from flows import wiring
+from flows import environment, wiring
 from flows.runfile import load_run_file
-from flows.settings import ModelSettings, PathSettings
+from flows.settings import ExecutorSettings, ModelSettings, PathSettings
 from storage.memory import MemoryStore
 
 
@@ -155,3 +155,59 @@ def test_labels_brought_along_are_of_the_runs_theory(hop: Any) -> None:
     assert [label.key for label in labels] == [label_key(s, f"{resolved.fingerprint}, unproven") for s in ends]
     assert {label.fingerprint for label in labels} == {resolved.fingerprint}
     assert [label.energy_ev for label in labels] == pytest.approx([a.get_potential_energy() for a in frames])
+
+
+def test_every_setting_reaches_the_local_executor(hop: Any, tmp_path: Path) -> None:
+    executor = {"workers": 3, "max_running": 2, "timeout_s": 12.5, "retries": 1, "threads": 4, "memory_gb": 1.5}
+    settings = load_run_file(hop.run_file("wired", executor=executor, calculator={"name": "emt"}))
+    resolved = wiring.resolve_calculator(settings, [])
+    labeler = wiring.make_labeler(settings, resolved, MemoryStore(), tmp_path)
+    inner: Any = labeler._labeler
+    pool = inner._pool
+    assert (labeler.limit, labeler.pool, labeler._run) == (2, f"local-{environment.host()}", "wired")
+    assert (inner._workers, pool._n_slots, pool._threads, pool._memory_gb) == (3, 3, 4, 1.5)
+    assert (inner._limits.timeout_s, inner._limits.retries) == (12.5, 1)
+    assert inner._folder == tmp_path / "calculations" / "wired"
+    assert (labeler.name, labeler.fingerprint) == ("emt", resolved.fingerprint)
+    labeler.close()
+
+
+def test_every_setting_reaches_the_queue() -> None:
+    executor = ExecutorSettings(
+        kind="pyiron",
+        queue="slurm",
+        cores=8,
+        threads=2,
+        memory_gb=16.0,
+        walltime="1-12:00:00",
+        partition="long",
+        modules=["vasp/6.4.2"],
+        prologue=["ulimit -s unlimited"],
+        submit_options=["--account=abc"],
+    )
+    queue, resources = wiring._jobs(executor)
+    assert queue is not None
+    assert (queue.system, queue.walltime_s, queue.partition) == ("slurm", 36 * 3600, "long")
+    assert queue.submit_options == ("--account=abc",)
+    assert (resources.cores, resources.threads, resources.memory_gb) == (8, 2, 16.0)
+    assert (resources.modules, resources.prologue) == (("vasp/6.4.2",), ("ulimit -s unlimited",))
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({}, 8),
+        ({"threads": 3}, 2),
+        ({"threads": 20}, 1),
+        ({"threads": 4, "max_running": 5}, 5),
+        ({"kind": "pyiron", "cores": 4, "threads": 2}, 2),
+        ({"kind": "pyiron", "queue": "slurm", "walltime": "1:00:00", "cores": 64}, 1000),
+        ({"kind": "pyiron", "queue": "slurm", "walltime": "1:00:00", "max_running": 7}, 7),
+    ],
+)
+def test_labels_of_all_runs_share_a_machine_or_a_queue(
+    values: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "cores", lambda: 8)
+    pool = "queue-slurm" if values.get("queue") else f"local-{environment.host()}"
+    assert wiring.label_pool(ExecutorSettings(**values)) == (pool, limit)
