@@ -30,6 +30,8 @@ NACL_LATTICE_ANG = 5.46  # GFN1-xTB's own minimum is at 5.462 Å (energy of the 
 SB2TE3_A_ANG, SB2TE3_C_ANG = 4.264, 30.458
 SB2TE3_Z_SB, SB2TE3_Z_TE = 0.3988, 0.2128
 SB2TE3_VACUUM_ANG = 15.0
+AL_LATTICE_ANG = 4.05
+AL_LDA_LATTICE_ANG = 3.97
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,21 @@ def cr_tetrahedral() -> Atoms:
     return atoms
 
 
+def al_vacancy() -> tuple[Atoms, Atoms]:
+    """A vacancy in 2x2x2 cubic cells of fcc Al, and a nearest neighbour hopped into it (31 atoms)."""
+    return vacancy_hop(bulk("Al", "fcc", a=AL_LDA_LATTICE_ANG, cubic=True).repeat(2), vacancy=0, hopper=1)
+
+
+def al_hydrogen() -> tuple[Atoms, Atoms]:
+    """H in a tetrahedral, and in the next octahedral site of 2x2x2 primitive cells of fcc Al (9 atoms)."""
+    ends = []
+    for place in (1 / 4, 1 / 2):
+        end = bulk("Al", "fcc", a=AL_LATTICE_ANG).repeat(2)
+        end += Atoms("H", positions=[np.full(3, place) * AL_LATTICE_ANG])
+        ends.append(end)
+    return ends[0], ends[1]
+
+
 def emt() -> Calculator:
     from ase.calculators.emt import EMT
 
@@ -153,6 +170,42 @@ def gfn1_xtb(charge: int = 0) -> Calculator:
     return TBLite(method="GFN1-xTB", charge=charge, verbosity=0)
 
 
+def gpaw() -> Calculator:
+    """GPAW whose ``energy`` is the free energy, the one of its forces: ASE's NEB would take the extrapolated one."""
+    from gpaw.calculator import GPAW
+
+    class FreeEnergyGPAW(GPAW):
+        def calculate(self, *args: Any, **keywords: Any) -> None:
+            super().calculate(*args, **keywords)
+            self.results["energy"] = self.results["free_energy"]
+
+    return FreeEnergyGPAW(
+        mode={"name": "pw", "ecut": 300.0},
+        xc="PBE",
+        kpts={"size": (2, 2, 2)},
+        occupations={"name": "fermi-dirac", "width": 0.2},
+        symmetry={"point_group": False},
+        convergence={"energy": 1e-5, "density": 1e-5},
+        txt=None,
+    )
+
+
+def pw_al() -> Calculator:
+    """Quantum ESPRESSO with Debian's norm-conserving LDA pseudopotential; its total energy is the free energy."""
+    from ase.calculators.espresso import Espresso, EspressoProfile
+
+    return Espresso(
+        profile=EspressoProfile(command="pw.x", pseudo_dir="/usr/share/espresso/pseudo"),
+        pseudopotentials={"Al": "Al.pz-vbc.UPF"},
+        input_data={
+            "control": {"tprnfor": True},
+            "system": {"ecutwfc": 16, "occupations": "smearing", "smearing": "mv", "degauss": 0.03, "nosym": True},
+            "electrons": {"conv_thr": 1e-8},
+        },
+        kpts=(2, 2, 2),
+    )
+
+
 HOPS: dict[str, Hop] = {
     "au_al100": Hop(ends=au_al100, calculator=emt, fmax_ev_per_ang=0.005),
     "cu_vacancy": Hop(ends=cu_vacancy, calculator=emt, fmax_ev_per_ang=0.005, files=("POSCAR_initial", "POSCAR_final")),
@@ -160,6 +213,11 @@ HOPS: dict[str, Hop] = {
         ends=lambda: cu_vacancy(3), calculator=emt, fmax_ev_per_ang=0.005, files=("POSCAR_initial", "POSCAR_final")
     ),
     "nacl_vacancy": Hop(ends=nacl_vacancy, calculator=lambda: gfn1_xtb(-1), fmax_ev_per_ang=0.02),
+    "al_vacancy": Hop(
+        ends=al_vacancy, calculator=pw_al, fmax_ev_per_ang=0.02, files=("POSCAR_initial", "POSCAR_final")
+    ),
+    # Rattled by 0.03 Å, both ends relax back into their sites: they are minima.
+    "al_hydrogen": Hop(ends=al_hydrogen, calculator=gpaw, fmax_ev_per_ang=0.01),
     # Undisturbed, the tetrahedral site keeps its threefold axis and is no minimum (chgnet: two modes of -0.13 eV/Å^2).
     "cr_sb2te3": Hop(ends=cr_sb2te3, calculator=chgnet, fmax_ev_per_ang=0.01, middle=cr_tetrahedral, rattle_ang=0.05),
 }

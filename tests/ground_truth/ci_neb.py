@@ -1,6 +1,6 @@
 """Independent ground truths: plain ASE climbing-image NEB of the example hops, on the reference calculator itself.
 
-    OMP_NUM_THREADS=1 python tests/ground_truth/ci_neb.py au_al100 cu_vacancy cr_sb2te3 nacl_vacancy
+    OMP_NUM_THREADS=1 python tests/ground_truth/ci_neb.py au_al100 cu_vacancy cr_sb2te3 nacl_vacancy al_hydrogen
 
 Shares no code with al-loop. Results go to ``ci_neb.json`` beside this file (one entry a hop; others are kept).
 """
@@ -82,6 +82,7 @@ SPECS: dict[str, NebSpec] = {
     "nacl_vacancy": NebSpec(
         n_images=5, fmax_ev_per_ang=0.05, optimizer="BFGS", note="still falling by 1 to 2 meV a step at the end"
     ),
+    "al_hydrogen": NebSpec(n_images=5, fmax_ev_per_ang=0.05, optimizer="BFGS", note="energies are free energies"),
 }
 
 
@@ -231,7 +232,9 @@ def displacement_ang(initial: Atoms, final: Atoms) -> float:
 
 
 def packages(name: str) -> dict[str, str]:
-    used = {"cr_sb2te3": ["chgnet", "torch"], "nacl_vacancy": ["tblite"]}.get(name, [])
+    used = {"cr_sb2te3": ["chgnet", "torch"], "nacl_vacancy": ["tblite"], "al_hydrogen": ["gpaw", "gpaw-data"]}.get(
+        name, []
+    )
     return {package: version(package) for package in ["ase", "numpy", *used]}
 
 
