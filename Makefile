@@ -1,11 +1,12 @@
 # al-loop: `make help` lists what there is. Everything lives in .venv; a stamp there remembers what it was installed from.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run stop install test test-slow lint format clean system-libraries
+.PHONY: help run stop install install-dft test test-slow lint format clean system-libraries dft-libraries
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DFT_STAMP := $(VENV)/.installed-dft
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c config/constraints.txt
 # Options of pip for torch alone, e.g. to take its CPU build from an index that has one.
 TORCH_PIP_ARGS ?=
@@ -21,6 +22,8 @@ stop:  ## end what `make run` or `al-loop up` started
 	@if [ -x $(BIN)/al-loop ]; then $(BIN)/al-loop down; else echo "nothing is installed here, so nothing runs"; fi
 
 install: $(STAMP)  ## make .venv and install what is pinned
+
+install-dft: $(DFT_STAMP)  ## add GPAW (built here: libxc, OpenBLAS, a C compiler), D3 and what the vasp calculator uses
 
 test: $(STAMP)  ## the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -52,6 +55,17 @@ $(STAMP): pyproject.toml config/constraints.txt | system-libraries
 	@$(PIP) $(TORCH_PIP_ARGS) torch
 	@$(PIP) -e '.[mongodb,teachers,dev]'
 	@touch $@
+
+# GPAW reads how it is to be built from the file that GPAW_CONFIG names.
+$(DFT_STAMP): $(STAMP) | dft-libraries
+	@printf '%s\n' "mpi = False" "compiler = 'gcc'" "libraries = ['xc', 'openblas']" > $(VENV)/gpaw-siteconfig.py
+	@GPAW_CONFIG='$(CURDIR)/$(VENV)/gpaw-siteconfig.py' $(PIP) -e '.[gpaw,dispersion,vasp]'
+	@touch $@
+
+dft-libraries:
+	@printf '#include <xc.h>\nint main(void) { return 0; }\n' | gcc -x c - -lxc -lopenblas -o /dev/null 2>/dev/null || { \
+	  echo "GPAW is built from source and lacks a C compiler, Python's headers, libxc or OpenBLAS:" \
+	    "sudo apt-get install gcc libc6-dev python3-dev libxc-dev libopenblas-dev" >&2; exit 2; }
 
 # The embedded mongod links these; a server of one's own (AL_LOOP_MONGODB_URI) needs none of them.
 system-libraries:

@@ -31,8 +31,9 @@ AT_HOME_IN = {
     "mongoengine": "storage",
     "pymongo": "storage",
     "gridfs": "storage",
-    "pyiron_base": "calculators",
-    "tblite": "calculators",
+    **dict.fromkeys(
+        ("pyiron_base", "pysqa", "tblite", "gpaw", "_gpaw", "dftd3", "pymatgen", "custodian", "fairchem"), "calculators"
+    ),
 }
 FORBIDDEN_NEIGHBOURS = {
     "alcore": {"calculators", "storage", "flows"},
@@ -40,7 +41,8 @@ FORBIDDEN_NEIGHBOURS = {
     "storage": {"calculators", "flows"},
     "flows": set[str](),
 }
-HEAVY = {"torch", "mace", "e3nn", "prefect", "mongoengine", "pymongo", "pyiron_base", "chgnet", "tblite", "matplotlib"}
+HEAVY = {"torch", "mace", "e3nn", "prefect", "mongoengine", "pymongo", "chgnet", "matplotlib"}
+HEAVY |= {package for package, home in AT_HOME_IN.items() if home == "calculators"}
 # what `al-loop --help`, `check` and the tests of pure code import
 LIGHT_MODULES = (
     "alcore.types",
@@ -141,6 +143,19 @@ def test_alcore_starts_no_process_and_reads_neither_environment_nor_wall_clock()
 def test_services_are_imported_in_one_folder_only(package: str, home: str) -> None:
     elsewhere = [folder for folder in PACKAGES if folder != home]
     assert not [place for folder in elsewhere for place, name in imports_of(folder) if name == package]
+
+
+def test_executors_know_nothing_of_calculators() -> None:
+    """They run jobs; what a job computes is told to them as an importable function or a command."""
+    imports = (
+        (f"{file}:{line}", module)
+        for file, tree in sources().items()
+        if file.startswith("calculators/executors/")
+        for module, line in imported(tree)
+    )
+    known = [(place, module) for place, module in imports if module.startswith("calculators.")]
+    assert known, "executors import nothing of each other, so this test sees nothing"
+    assert not [(place, module) for place, module in known if not module.startswith("calculators.executors")]
 
 
 def test_what_starts_at_once_imports_nothing_heavy() -> None:

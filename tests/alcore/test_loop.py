@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from alcore.endpoints import relax_end_state
+from alcore.identity import label_key
 from alcore.loop import begin, reopened, run_loop
 from alcore.mace.trainer import MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
-from alcore.identity import label_key
 from alcore.neb import NebSpec
 from alcore.runner import PlainRunner
 from alcore.state import LoopSpec, LoopState, Workshop
