@@ -102,7 +102,9 @@ class PathSettings(Section):
 class CalculatorSettings(Section):
     """Where reference labels come from."""
 
-    name: str = Field(description="emt, tblite, chgnet, mace or ase (`al-loop calculators` lists them)")
+    name: str = Field(
+        description="vasp, espresso, gpaw, cp2k, tblite, emt, chgnet, mace, ase or a plug-in's (`al-loop calculators`)"
+    )
     settings: dict[str, JsonValue] = Field(default_factory=dict, description="the calculator's own settings")
     factory: str | None = Field(
         default=None,
