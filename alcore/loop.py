@@ -30,6 +30,7 @@ from alcore.types import (
 )
 from alcore.uncertainty import calibrate
 from alcore.verdict import measure
+from alcore.vetting import vet
 
 
 def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: Sequence[Label] = ()) -> LoopState:
@@ -43,10 +44,12 @@ def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: 
     """
     bands = {pair.name: interpolate(pair, spec.neb) for pair in pairs}
     samples = [pair.initial.moved(place) for pair in pairs for place in bands[pair.name]]
+    doubts = vet([label for label in given if label.ok])
     fresh = LoopState(
         pairs={pair.name: pair for pair in pairs},
         asked={label.key: ("data", replace(label, reused=True)) for label in given},
-        dataset=grow(Dataset(), given),
+        doubts=doubts,
+        dataset=grow(Dataset(), [label for label in given if label.key not in doubts]),
         surrogate=shop.trainer.start(samples, [state for pair in pairs for state in (pair.initial, pair.final)]),
     )
     for label in given:

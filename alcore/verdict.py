@@ -64,11 +64,12 @@ def _vetted(state: LoopState, new: Mapping[str, Label], shop: Workshop) -> LoopS
     doubts = vet([label for _, label in state.asked.values() if label.ok])
     for key in doubts.keys() - state.doubts.keys():
         shop.log(f"label {key[:6]} is not believed: {doubts[key]}")
+    settled = {*new, *state.doubts}
     state = replace(state, doubts=doubts)
     believed = state.labels
-    for key, label in new.items():
+    for key in settled & believed.keys():
         if believed[key].ok:
-            shop.labeler.tidy(label)
+            shop.labeler.tidy(believed[key])
     known = [believed[label.key] for label in state.dataset.labels]
     return replace(state, dataset=grow(Dataset(), [*known, *believed.values()]))
 

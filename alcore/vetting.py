@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist
 
-from alcore.types import BoolArray, Label
+from alcore.types import BoolArray, FloatArray, Label
 
 SLACK_EV, SLACK_EV_PER_ATOM = 10.0, 0.5
 """Energy by which two geometries may differ whatever their forces: a barrier between them, another spin state."""
 WORK_FACTOR = 5.0
 """How much more work than the forces at both places suggest may lie between them."""
-MOST_COMPARED = 500
-"""Labels of the same atoms that are held against each other, the latest."""
+MOST_COMPARED = 2000
+"""Labels of the same atoms that choose the camp that is believed, the latest; older ones are only held against it."""
 
 
 def vet(labels: Sequence[Label]) -> dict[str, str]:
@@ -31,7 +32,7 @@ def vet(labels: Sequence[Label]) -> dict[str, str]:
     """
     doubts: dict[str, str] = {}
     for group in _comparable(labels):
-        doubts |= _doubts(group[-MOST_COMPARED:])
+        doubts |= _doubts(group[-MOST_COMPARED:], group[:-MOST_COMPARED])
     return doubts
 
 
@@ -45,38 +46,41 @@ def _comparable(labels: Sequence[Label]) -> list[list[Label]]:
     return list(groups.values())
 
 
-def _doubts(labels: Sequence[Label]) -> dict[str, str]:
-    _, camp = connected_components(_agreement(labels), directed=False)
+def _doubts(latest: Sequence[Label], older: Sequence[Label]) -> dict[str, str]:
+    _, camp = connected_components(_agreement(latest, latest), directed=False)
     sizes = np.bincount(camp)
-    if len(sizes) == 1:
-        return {}
     largest = np.flatnonzero(sizes == sizes.max())
-    energies = np.array([label.energy_ev for label in labels], dtype=float)
-    believed = camp == largest[0]
+    energies = np.array([label.energy_ev for label in latest], dtype=float)
     if len(largest) > 1:
-        reason = (
-            f"labels of the same atoms differ by up to {np.ptp(energies):.0f} eV and nothing tells which is wrong yet"
-        )
-        return {label.key: reason for label in labels}
-    typical = float(np.median(energies[believed]))
+        reason = f"labels of the same atoms differ by {np.ptp(energies):.0f} eV and nothing tells which is wrong yet"
+        return {label.key: reason for label in (*older, *latest)}
+    sound = [int(k) for k in np.flatnonzero(camp == largest[0])]
+    trusted = [latest[k] for k in sound]
+    outside = [latest[int(k)] for k in np.flatnonzero(camp != largest[0])]
+    for start in range(0, len(older), MOST_COMPARED):
+        some = older[start : start + MOST_COMPARED]
+        alone = ~_agreement(some, trusted).any(axis=1)
+        outside += [some[int(k)] for k in np.flatnonzero(alone)]
+    typical = float(np.median(energies[sound]))
     return {
-        label.key: f"its energy is {energy - typical:+.0f} eV from that of {sizes.max()} labels of the same atoms, "
-        "which no force there explains"
-        for label, energy, sound in zip(labels, energies, believed, strict=True)
-        if not sound
+        label.key: f"its energy is {float(label.energy_ev or 0.0) - typical:+.0f} eV from that of {len(trusted)} "
+        "labels of the same atoms, which no force there explains"
+        for label in outside
     }
 
 
-def _agreement(labels: Sequence[Label]) -> BoolArray:
-    """Which labels could be of one energy surface, ``(n_labels, n_labels)``."""
-    n_atoms = len(labels[0].structure)
-    positions = np.array([label.structure.positions.ravel() for label in labels])
-    forces = np.array([np.linalg.norm(label.forces) for label in labels])  # type: ignore[arg-type]
-    energies = np.array([label.energy_ev for label in labels], dtype=float)
-    distances = np.linalg.norm(positions[:, None] - positions, axis=-1)
-    slack = max(SLACK_EV, SLACK_EV_PER_ATOM * n_atoms)
-    allowed = slack + WORK_FACTOR * np.maximum(forces[:, None], forces) * distances
-    agreed: BoolArray = np.abs(energies[:, None] - energies) < allowed
+def _agreement(some: Sequence[Label], others: Sequence[Label]) -> BoolArray:
+    """Which labels could be of one energy surface, ``(n_some, n_others)``; all of the same atoms."""
+
+    def columns(labels: Sequence[Label]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        forces = [np.linalg.norm(label.forces) for label in labels]  # type: ignore[arg-type]
+        positions = np.array([label.structure.positions.ravel() for label in labels])
+        return positions, np.array(forces), np.array([label.energy_ev for label in labels], dtype=float)
+
+    (here, here_forces, here_ev), (there, there_forces, there_ev) = columns(some), columns(others)
+    slack = max(SLACK_EV, SLACK_EV_PER_ATOM * len(some[0].structure))
+    allowed = slack + WORK_FACTOR * np.maximum(here_forces[:, None], there_forces) * cdist(here, there)
+    agreed: BoolArray = np.abs(here_ev[:, None] - there_ev) < allowed
     return agreed
 
 

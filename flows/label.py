@@ -179,7 +179,7 @@ def run_job(job: LabelJob, store: MongoStore, console: Console, *, quiet: bool =
                 job.executor, job.resolved, store, folder, run=f"al-loop label {job.source}", log=say
             )
             with closing(labeler):
-                labels |= _compute(wanted, labeler, store, tell)
+                labels |= _compute(wanted, labels, labeler, store, tell)
     labels = vetted(labels)
     write_labels(job, labels)
     for line in _failures(job, labels):
@@ -201,7 +201,11 @@ def _requests(job: LabelJob) -> list[LabelRequest]:
 
 
 def _compute(
-    requests: Sequence[LabelRequest], labeler: Labeler, store: RecordStore, tell: Callable[[Label], None]
+    requests: Sequence[LabelRequest],
+    known: Mapping[str, Label],
+    labeler: Labeler,
+    store: RecordStore,
+    tell: Callable[[Label], None],
 ) -> dict[str, Label]:
     """Each is stored as soon as it is there; folders of those that are believed go in the end, or at Ctrl-C."""
     labels: dict[str, Label] = {}
@@ -214,8 +218,9 @@ def _compute(
     try:
         labeler.label(requests, done)
     finally:
-        for label in vetted(labels).values():
-            if label.ok:
+        together = vetted({**known, **labels})
+        for key, label in labels.items():
+            if together[key].ok:
                 labeler.tidy(label)
     return labels
 

@@ -305,6 +305,16 @@ def test_given_labels_start_the_data_set_and_cost_nothing(
     assert barrier_of(state) == pytest.approx(AU_BARRIER_EV, abs=BARRIER_EV)
 
 
+def test_given_labels_that_lie_are_not_learned(
+    finished: tuple[LoopState, Bench], bench: Callable[..., Bench], au_pair: EndpointPair
+) -> None:
+    liar, *honest = finished[0].dataset.labels
+    lying = replace(liar, energy_ev=(liar.energy_ev or 0.0) + 1000.0)
+    state = begin([au_pair], SPEC, bench().shop(), [lying, *honest])
+    assert set(state.doubts) == {liar.key}
+    assert {label.key for label in state.dataset.labels} == {label.key for label in honest}
+
+
 def test_end_states_off_their_minimum_are_relaxed_and_confirmed(
     bench: Callable[..., Bench], au_pair: EndpointPair
 ) -> None:

@@ -57,6 +57,14 @@ def test_other_atoms_are_never_compared(label_of: LabelOf) -> None:
     assert vet([far, _lying(charged)]) == {}
 
 
+def test_an_old_lie_is_not_forgotten_among_many_labels(label_of: LabelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the latest labels choose whom to believe; those before them are held against that."""
+    monkeypatch.setattr("alcore.vetting.MOST_COMPARED", 4)
+    first, *others = _rattled(label_of, 12)
+    assert set(vet([_lying(first), *others])) == {first.key}
+    assert vet([first, *others]) == {}
+
+
 def test_a_single_label_has_nobody_to_contradict_it(label_of: LabelOf) -> None:
     assert vet(_rattled(label_of, 1)) == {}
     assert vet([]) == {}
