@@ -48,6 +48,19 @@ def _no_objection(_settings: Any, _structure: Structure) -> str | None:
     return None
 
 
+def total_charge(settings: Any, structure: Structure | None) -> float:
+    """The structure's charge in e, where it has one; else ``settings.charge``."""
+    return structure.charge if structure is not None and structure.charge else settings.charge
+
+
+def charge_contradiction(settings: Any, structure: Structure) -> str | None:
+    """Why the structure's charge and ``settings.charge`` cannot both be meant, or None."""
+    charge = total_charge(settings, structure)
+    if settings.charge and charge != settings.charge:
+        return f"the structure's charge {charge:+g} e contradicts the settings' {settings.charge:+g} e"
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What a code's own output says of the calculation that just ran.

@@ -15,10 +15,18 @@ from pydantic import Field, model_validator
 
 from alcore.errors import CalculatorError
 from alcore.identity import json_sha256, sha256_hex
-from calculators.base import CalculatorEntry, CalculatorSettings, Inspection, LocalPath, Retry
+from calculators.base import (
+    CalculatorEntry,
+    CalculatorSettings,
+    Inspection,
+    LocalPath,
+    Retry,
+    charge_contradiction,
+    total_charge,
+)
 from calculators.cp2k_data import DataEntry, entries_named
 from calculators.cp2k_input import add_structure, settings_tree, template_lines
-from calculators.programs import ask_version, find_program
+from calculators.programs import find_program, version_of
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import FileIOCalculator
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from alcore.types import Structure
 
 INPUT, OUTPUT = "cp2k.inp", "cp2k.out"
+ENDED = "PROGRAM ENDED AT"
 VERSION = r"CP2K version\s+(\S+)"
 DATA_DIRS = ("/usr/share/cp2k", "/usr/share/cp2k/data", "/usr/local/share/cp2k/data")
 POTENTIALS = {"LDA": "GTH-PADE", "PBE": "GTH-PBE", "PBEsol": "GTH-PBE", "revPBE": "GTH-PBE", "TPSS": "GTH-PBE"}
@@ -157,11 +166,6 @@ def _tree(settings: Cp2kSettings) -> Any:
     return settings_tree(settings, (basis_file, potential_file, parameters))
 
 
-def total_charge(settings: Cp2kSettings, structure: Structure | None) -> float:
-    """The structure's charge in e, where it has one; else that of the settings."""
-    return structure.charge if structure is not None and structure.charge else settings.charge
-
-
 def _multiplicity(settings: Cp2kSettings, moments: Any) -> int | None:
     if settings.multiplicity or not settings.uks or moments is None or not np.any(moments):
         return settings.multiplicity
@@ -169,7 +173,7 @@ def _multiplicity(settings: Cp2kSettings, moments: Any) -> int | None:
 
 
 def make(settings: Cp2kSettings, structure: Structure | None = None) -> FileIOCalculator:
-    from ase.calculators.calculator import FileIOCalculator
+    from ase.calculators.calculator import FileIOCalculator, ReadError
 
     class Cp2k(FileIOCalculator):
         """One run of CP2K in the current folder."""
@@ -185,7 +189,10 @@ def make(settings: Cp2kSettings, structure: Structure | None = None) -> FileIOCa
             Path(OUTPUT).unlink(missing_ok=True)  # CP2K would append to it
 
         def read_results(self) -> None:
-            self.results = _results(Path(OUTPUT).read_text(errors="replace"))
+            text = Path(OUTPUT).read_text(errors="replace")
+            if ENDED not in text:
+                raise ReadError(f"{OUTPUT} is cut off: CP2K did not come to its end")
+            self.results = _results(text)
 
     return Cp2k(command=f"{settings.command} -i {INPUT} -o {OUTPUT}")
 
@@ -237,7 +244,7 @@ def inspect(settings: Cp2kSettings, calculator: Any) -> Inspection:
         last = abs(float(changes[-1])) if changes else 0.0
         converged = last < LAST_CHANGE_HARTREE
         reason = "" if converged else f"the SCF stopped while its energy still changed by {last:.1e} Hartree a step"
-    if not reason and "PROGRAM ENDED AT" not in text:
+    if not reason and ENDED not in text:
         reason = "CP2K ended in the middle: " + (text.strip().splitlines() or ["no output"])[-1].strip()
     # Forces that do not add up to nothing: the cutoff is too low.
     forces = getattr(calculator, "results", {}).get("forces")
@@ -271,12 +278,7 @@ def complete(settings: Cp2kSettings) -> Cp2kSettings:
     if settings.data_dir is None:
         known["data_dir"] = files[1].parent
     if settings.version is None:
-        program = find_program(settings.command)
-        known["version"] = ask_version(program, VERSION, "--version") if program else None
-        if not known["version"]:
-            what = "does not say its version" if program else "is not on this machine"
-            mend = "install cp2k, or set calculator.settings.command, or version if it runs elsewhere"
-            raise CalculatorError(f"{settings.command} {what}", where="calculator cp2k", mend=mend)
+        known["version"] = version_of(settings.command, VERSION, "--version", where="calculator cp2k", package="cp2k")
     return settings.model_copy(update=known)
 
 
@@ -320,8 +322,8 @@ def refuse(settings: Cp2kSettings, structure: Structure) -> str | None:
     if settings.grid and any(n > 1 for n in np.asarray(settings.grid)[~structure.pbc]):
         return f"k-points {settings.grid} along an axis that is not periodic (set 1 there)"
     charge, moments = total_charge(settings, structure), structure.magnetic_moments
-    if settings.charge and charge != settings.charge:
-        return f"the structure's charge {charge:+g} e contradicts the settings' {settings.charge:+d} e"
+    if why := charge_contradiction(settings, structure):
+        return why
     if charge != round(charge):
         return f"the charge {charge:+g} e is not a whole number"
     if moments is not None and np.any(moments) and not settings.uks:

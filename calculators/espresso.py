@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from alcore.errors import CalculatorError
 from calculators.base import CalculatorEntry, CalculatorSettings, Inspection, LocalPath, Retry
-from calculators.programs import ask_version, find_program
+from calculators.kpoints import grid_of_spacing
+from calculators.programs import find_program, version_of
 from calculators.upf import Pseudopotential, read_upf
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from alcore.types import Structure
 
 OUTPUT, ERRORS = "espresso.pwo", "espresso.err"
+VERDICT = r"convergence (has been|NOT) achieved"
 VERSION = r"Program PWSCF\s+v\.?\s*(\S+)"
 PSEUDO_DIRS = ("/usr/share/espresso/pseudo",)
 DFTD3_VERSIONS = {"D3": 3, "D3BJ": 4}
@@ -174,13 +175,11 @@ def pseudopotentials(settings: EspressoSettings) -> dict[str, Pseudopotential]:
     return found
 
 
-def _grid(settings: EspressoSettings, atoms: Atoms) -> tuple[int, ...] | None:
+def _grid(settings: EspressoSettings, atoms: Atoms) -> tuple[int, int, int] | None:
     """The k-point grid; None: Γ alone, for which pw.x has a faster way to the same numbers."""
     grid = settings.kpts
     if settings.kspacing:
-        lengths = 2 * np.pi * np.linalg.norm(atoms.cell.reciprocal(), axis=1)
-        steps = [max(1, math.ceil(length / settings.kspacing - 1e-6)) for length in lengths]
-        grid = tuple(n if periodic else 1 for n, periodic in zip(steps, atoms.pbc, strict=True))  # type: ignore[assignment]
+        grid = grid_of_spacing(atoms.cell.array, atoms.pbc, settings.kspacing)
     return None if grid == (1, 1, 1) and not any(settings.koffset) else grid
 
 
@@ -216,6 +215,7 @@ def _entries(settings: EspressoSettings, charge: float) -> dict[str, Any]:
 
 
 def make(settings: EspressoSettings, structure: Structure | None = None) -> Espresso:
+    from ase.calculators.calculator import ReadError
     from ase.calculators.espresso import Espresso, EspressoProfile, EspressoTemplate
 
     class Template(EspressoTemplate):
@@ -234,9 +234,12 @@ def make(settings: EspressoSettings, structure: Structure | None = None) -> Espr
             super().write_input(profile, directory, bare, chosen, properties)
 
         def read_results(self, directory: os.PathLike[str]) -> dict[str, Any]:
+            text = (Path(directory) / OUTPUT).read_text(errors="replace")
+            if not _is_whole(text):
+                raise ReadError(f"{OUTPUT} is cut off: pw.x did not come to its end")
             results = dict(super().read_results(directory))
             results.pop("magmoms", None)  # before version 7 ASE takes the constraint's column for the moment
-            moments = list(_moments((Path(directory) / OUTPUT).read_text(errors="replace")))
+            moments = list(_moments(text))
             return {**results, "magmoms": np.array(moments[-1])} if moments else results
 
     profile = EspressoProfile(command=settings.command, pseudo_dir=_folder(settings))
@@ -250,6 +253,11 @@ def make(settings: EspressoSettings, structure: Structure | None = None) -> Espr
     return calculator
 
 
+def _is_whole(text: str) -> bool:
+    """Whether the output says how the SCF ended, and that pw.x came to its end."""
+    return "JOB DONE." in text and re.search(VERDICT, text) is not None
+
+
 def _moments(text: str) -> Iterator[list[float]]:
     """Each table of moments per site, in μ_B."""
     for block in re.findall(r"Magnetic moment per site[^\n]*\n((?:\s+atom.*\n)+)", text):
@@ -261,14 +269,13 @@ def inspect(settings: EspressoSettings, calculator: Any) -> Inspection:
     steps = len(re.findall(r"^\s*iteration #", text, re.MULTILINE))
     version = re.search(VERSION, text)
     failed = re.search(r"Error in routine\s+(\S+)\s*\([^)]*\):\s*\n\s*(.*)", text)
-    converged, reason, notes = None, "", {}
-    if "convergence has been achieved" in text:
-        converged = True
-    elif "convergence NOT achieved" in text:
-        converged, reason = False, f"the SCF has not converged in {steps} steps (electron_maxstep)"
+    verdicts = re.findall(VERDICT, text)  # one a cycle: hybrid functionals have several, and the last one counts
+    converged, reason, notes = (verdicts[-1] == "has been" if verdicts else None), "", {}
+    if converged is False:
+        reason = f"the SCF has not converged in {steps} steps (electron_maxstep)"
     elif failed:
         reason = f"pw.x: {failed[1]}: {failed[2].strip()}"
-    else:
+    elif not _is_whole(text):
         reason = "pw.x ended in the middle: " + ((errors.strip() or text.strip()).splitlines() or ["no output"])[-1]
     if total := re.findall(r"total magnetization\s+=\s+(-?[\d.]+)", text):
         notes["total_moment_mu_b"] = float(total[-1])
@@ -296,12 +303,9 @@ def unavailable(settings: EspressoSettings | None) -> str | None:
 def complete(settings: EspressoSettings) -> EspressoSettings:
     known = {"pseudo_dir": _folder(settings), "version": settings.version}
     if settings.version is None:
-        program = find_program(settings.command)
-        known["version"] = ask_version(program, VERSION) if program else None
-        if not known["version"]:
-            what = "does not say its version" if program else "is not on this machine"
-            mend = "install quantum-espresso, or set calculator.settings.command, or version if it runs elsewhere"
-            raise CalculatorError(f"{settings.command} {what}", where="calculator espresso", mend=mend)
+        known["version"] = version_of(
+            settings.command, VERSION, where="calculator espresso", package="quantum-espresso"
+        )
     return settings.model_copy(update=known)
 
 

@@ -13,7 +13,15 @@ from pydantic import Field
 
 from alcore.errors import CalculatorError
 from alcore.identity import json_sha256, sha256_hex
-from calculators.base import CalculatorEntry, CalculatorSettings, Inspection, Retry
+from calculators.base import (
+    CalculatorEntry,
+    CalculatorSettings,
+    Inspection,
+    Retry,
+    charge_contradiction,
+    total_charge,
+)
+from calculators.kpoints import grid_of_spacing
 
 if TYPE_CHECKING:
     from ase.calculators.abc import GetPropertiesMixin as AseCalculator
@@ -63,18 +71,9 @@ NOT_FACTS = {"maxiter", "mixing_beta", "mixing_history", "mixing_weight", "eigen
 """How the SCF gets there does not move where it ends."""
 
 
-def _charge(settings: GpawSettings, structure: Structure | None) -> float:
-    return structure.charge if structure is not None and structure.charge else settings.charge
-
-
 def _kpoints(settings: GpawSettings, structure: Structure) -> dict[str, Any]:
     """GPAW's ``kpts``; one point along directions that are not periodic."""
-    size: tuple[int, ...] | None = settings.kpts
-    if size is None:
-        reciprocal = 2 * np.pi * np.linalg.norm(np.linalg.inv(structure.cell).T, axis=1)
-        # a hair of slack, so that rounding never decides
-        counts = np.where(structure.pbc, np.ceil(reciprocal / settings.kspacing - 1e-6), 1)
-        size = tuple(max(1, int(count)) for count in counts)
+    size = settings.kpts or grid_of_spacing(structure.cell, structure.pbc, settings.kspacing)
     return {"size": size, "gamma": True} if settings.gamma else {"size": size}
 
 
@@ -96,7 +95,7 @@ def make(settings: GpawSettings, structure: Structure) -> AseCalculator:
         symmetry={"point_group": settings.point_group},
         occupations={"name": "fermi-dirac", "width": settings.smearing_ev},
         spinpol=settings.spinpol,
-        charge=_charge(settings, structure),
+        charge=total_charge(settings, structure),
         setups=dict(settings.setups),
         convergence={"energy": settings.energy_convergence_ev, "density": settings.density_convergence},
         maxiter=settings.maxiter,
@@ -238,9 +237,8 @@ def elements(settings: GpawSettings) -> set[int] | None:
 
 
 def refuse(settings: GpawSettings, structure: Structure) -> str | None:
-    charge = _charge(settings, structure)
-    if settings.charge and charge != settings.charge:
-        return f"the structure's charge {charge:+g} e contradicts the settings' {settings.charge:+g} e"
+    if why := charge_contradiction(settings, structure):
+        return why
     if abs(np.linalg.det(structure.cell)) < 1e-6:
         return "gpaw needs a cell with three vectors, vacuum included, for molecules too"
     if settings.mode == "pw" and not structure.pbc.all():

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from calculators.base import CalculatorEntry, CalculatorSettings, Inspection, Retry
+from calculators.base import (
+    CalculatorEntry,
+    CalculatorSettings,
+    Inspection,
+    Retry,
+    charge_contradiction,
+    total_charge,
+)
 
 if TYPE_CHECKING:
     from tblite.ase import TBLite
@@ -34,11 +41,6 @@ class TbliteSettings(CalculatorSettings):
     mixer_damping: float = Field(
         0.4, gt=0, le=1, description="share of the new charges in the mixing, smaller is gentler"
     )
-
-
-def total_charge(settings: TbliteSettings, structure: Structure | None) -> float:
-    """The structure's charge in e, where it has one; else that of the settings."""
-    return structure.charge if structure is not None and structure.charge else settings.charge
 
 
 def make(settings: TbliteSettings, structure: Structure | None = None) -> TBLite:
@@ -77,9 +79,9 @@ def elements(settings: TbliteSettings) -> set[int]:
 
 
 def refuse(settings: TbliteSettings, structure: Structure) -> str | None:
+    if why := charge_contradiction(settings, structure):
+        return why
     charge = total_charge(settings, structure)
-    if settings.charge and charge != settings.charge:
-        return f"the structure's charge {charge:+g} e contradicts the settings' {settings.charge:+d} e"
     if charge != round(charge):
         return f"the charge {charge:+g} e is not a whole number, which tblite would round silently"
     # Seen: pbc (T, T, F) gives exactly the energy of (T, T, T), and a missing lattice vector ends in a solver error.

@@ -126,13 +126,12 @@ def warm_up(settings: VaspSettings) -> None:
 
 
 def _missing_program(command: str) -> str | None:
-    words = shlex.split(command)
-    first = next((word for word in words if "=" not in word), command)
+    first = next((word for word in shlex.split(command) if "=" not in word), "")
+    if first and shutil.which(first) is None:
+        return f"{first} is not on this machine (load its module, or set calculator.settings.command)"
     if find_program(command) is None:
-        name = command if len(words) == 1 else f"what '{command}' should start"
-        return f"{name} is not on this machine (load its module, or set calculator.settings.command)"
-    if shutil.which(first) is None:
-        return f"{first} is not on this machine (load its module, or mend calculator.settings.command)"
+        mend = "load its module, or set calculator.settings.command"
+        return f"what '{command}' should start is not on this machine ({mend})"
     return None
 
 

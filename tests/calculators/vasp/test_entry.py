@@ -212,9 +212,11 @@ def test_a_program_elsewhere_needs_its_version_only(ready: Any) -> None:
 
 
 def test_a_missing_launcher_is_named(ready: Any, home: Path) -> None:
-    resolved = resolve("vasp", ready(command=f"OMP_NUM_THREADS=1 no-such-mpirun -np 4 {home / 'vasp_std'}"))
+    settings = ready(command=f"OMP_NUM_THREADS=1 no-such-mpirun -np 4 {home / 'vasp_std'}")
     with pytest.raises(CalculatorError, match="no-such-mpirun is not on this machine"):
-        resolved.check_available()
+        resolve("vasp", settings)
+    with pytest.raises(CalculatorError, match="no-such-mpirun is not on this machine"):
+        resolve("vasp", {**settings, "version": "6.4.2"}).check_available()
 
 
 def test_the_fingerprint_moves_with_what_moves_the_energy_and_only_with_that(ready: Any) -> None:
