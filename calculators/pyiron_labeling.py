@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import ase.io
+from filelock import FileLock, Timeout
 
 from alcore.errors import AlLoopError, InputError
 from alcore.types import Label, LabelRequest
@@ -43,7 +44,7 @@ class PyironLabeler(ExecutorLabeler):
 
     Jobs outlive this process. Asked for the same label again, a later one finds the job that waits, runs or has ended
     meanwhile, and computes nothing twice; a job that died without a word is a ``crashed`` label, and the next request
-    makes a fresh one.
+    makes a fresh one. Until ``close`` the folder is this labeler's alone.
 
     Args:
         resolved: the calculator.
@@ -55,7 +56,7 @@ class PyironLabeler(ExecutorLabeler):
         max_force_ev_per_ang: a larger force on any atom makes a label ``rejected``.
         retries: how many rungs of the code's ladder a failed calculation may climb.
     Raises:
-        InputError: a number that makes no sense, or a folder that cannot be used.
+        InputError: a number that makes no sense, or a folder that cannot be used, or that another labeler uses.
         CalculatorError: pyiron or pysqa is not installed.
     """
 
@@ -85,26 +86,33 @@ class PyironLabeler(ExecutorLabeler):
         self._keys: dict[str, threading.Lock] = {}
         self._running: set[Running] = set()
         self._delivered: set[str] = set()
-        self._project = PyironProject(self._folder)
+        self._queue_name = None if queue is None else QUEUE_NAME
         self._runner: Runner
-        if queue is None:
-            self._queue_name = None
-            self._runner = LocalRunner(self._take, timeout_s)
-        else:
-            self._queue_name = QUEUE_NAME
-            asked = Queue(queue, self._take, self._project.queues_folder)
-            self._runner = QueueRunner(asked, self._project.note_number, self._closed)
+        self._folder_lock = _lock(self._folder)
+        try:
+            self._project = PyironProject(self._folder)
+            if queue is None:
+                self._runner = LocalRunner(self._take, timeout_s)
+            else:
+                asked = Queue(queue, self._take, self._project.queues_folder)
+                self._runner = QueueRunner(asked, self._project.note_number, self._closed)
+        except BaseException:
+            self._folder_lock.release()
+            raise
 
     def close(self) -> None:
         """Jobs of this machine end; those in a queue go on, and a later labeler finds them. A ``label`` in flight
         raises ``PoolClosedError``."""
         self._closed.set()
-        if self._queue_name is None:
-            with self._lock:
-                running = list(self._running)
-            for job in running:
-                self._abandon(job)
-        self._project.close()
+        try:
+            if self._queue_name is None:
+                with self._lock:
+                    running = list(self._running)
+                for job in running:
+                    self._abandon(job)
+            self._project.close()
+        finally:
+            self._folder_lock.release()
 
     def cancel(self) -> int:
         """End every unfinished job of this folder, those of earlier processes and those in a queue too, then ``close``.
@@ -169,7 +177,10 @@ class PyironLabeler(ExecutorLabeler):
         """How the job ended without an outcome of its own, if it did; waits, the longer the longer it takes."""
         gone = self._runner.gone(job)
         if gone is not None:
-            return inside.read_outcome(job.folder) or gone
+            outcome = inside.read_outcome(job.folder)
+            if outcome is None and self._queue_name is None:
+                self._refuse_if_closed()  # ``close`` is what ended it
+            return outcome or gone
         if self._closed.wait(self._runner.pause_s(job)):
             raise _stopped()
         return None
@@ -274,6 +285,24 @@ class PyironLabeler(ExecutorLabeler):
             self._project.note_status(job.name, "aborted")  # first: if we are killed here, nobody waits for it
         self._runner.end(job)
         shutil.rmtree(job.folder.parent, ignore_errors=True)
+
+
+def _lock(folder: Path) -> FileLock:
+    """One labeler a folder: pyiron's files bear no second writer, and two would start the same job twice. The system
+    frees it when this process ends, however that comes.
+
+    Raises:
+        InputError: another labeler holds it, of this process or of another; or it cannot be made.
+    """
+    lock = FileLock(folder / ".lock", thread_local=False)  # whoever closes may be another thread
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        mend = "wait for it, or stop it (Ctrl-C) first"
+        raise InputError("another process labels there", where=str(folder), mend=mend) from error
+    except OSError as error:
+        raise InputError(f"cannot lock the folder of calculations: {error}", where=str(folder)) from error
+    return lock
 
 
 def _stopped() -> PoolClosedError:

@@ -159,9 +159,23 @@ def run(
         options = [*(["--name", name] if name else []), *(f"--set={override}" for override in overrides or ())]
         options += ["--no-server"] * no_server + ["--dry-run"] * dry_run
         again = shlex.join(["al-loop", "run", str(run_file), *redact_tree(options)])
-        print(f"stopped; nothing that was labelled is lost, go on with: {again}", file=sys.stderr)
+        cancel_it = shlex.join(["al-loop", "cancel", settings.name + "-dry-run" * dry_run])
+        queued = f" jobs in the queue go on (`{cancel_it}` ends them)," if settings.executor.queue else ""
+        print(f"stopped; nothing that was labelled is lost,{queued} go on with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     raise typer.Exit(code)
+
+
+@app.command()
+def cancel(ctx: typer.Context, name: RunName, mongodb_uri: Mongodb = None) -> None:
+    """End the jobs that a stopped run left in a queue.
+
+    Example: al-loop cancel my-hop
+    """
+    from flows.cancel import cancel_run
+
+    with _store(mongodb_uri) as store:
+        ctx.obj.line(cancel_run(store, name))
 
 
 @app.command()

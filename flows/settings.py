@@ -50,7 +50,7 @@ LATER_KEYS = (
 
 QUEUE_KEYS = {"walltime", "partition", "submit_options"}
 """Keys of the executor that only a queueing system understands."""
-PYIRON_KEYS = {*QUEUE_KEYS, "queue", "cores", "modules", "prologue"}
+PYIRON_KEYS = {*QUEUE_KEYS, "queue", "modules", "prologue"}
 """Keys of the executor that only pyiron's jobs have."""
 
 
@@ -160,7 +160,9 @@ class ExecutorSettings(Section):
     queue: Literal["slurm", "sge", "lsf", "torque", "moab", "flux"] | None = Field(
         default=None, description="the queueing system, only with kind: pyiron; empty: this machine"
     )
-    cores: int = Field(default=1, ge=1, description="cores of a job, only with kind: pyiron")
+    cores: int = Field(
+        default=1, ge=1, description="cores that a calculation keeps busy, e.g. 8 for a command `mpirun -np 8 pw.x`"
+    )
     walltime: str | None = Field(
         default=None,
         pattern=r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from calculators.base import ResolvedCalculator
     from calculators.executors.queues import QueueSpec, Resources
     from calculators.labeling import ExecutorLabeler
+    from calculators.pyiron_labeling import PyironLabeler
     from flows.bounded import BoundedLabeler
 
 
@@ -131,8 +132,13 @@ def make_labeler(
     Raises:
         InputError: the executor's settings make no sense, or its queue is not here.
     """
-    folder = data_dir / "calculations" / settings.name
+    folder = run_folder(data_dir, settings.name)
     return open_labeler(settings.executor, resolved, store, folder, run=settings.name, log=log)
+
+
+def run_folder(data_dir: Path, run: str) -> Path:
+    """Where the calculations of a run lie."""
+    return data_dir / "calculations" / run
 
 
 def open_labeler(
@@ -147,7 +153,9 @@ def open_labeler(
     """As ``make_labeler``, outside a run; ``run`` is what others who wait for a slot are told."""
     from flows.bounded import BoundedLabeler
 
-    inner = _pyiron(executor, resolved, folder) if executor.kind == "pyiron" else _local(executor, resolved, folder)
+    inner = (
+        pyiron_labeler(executor, resolved, folder) if executor.kind == "pyiron" else _local(executor, resolved, folder)
+    )
     pool, limit = label_pool(executor)
     return BoundedLabeler(inner, store, pool=pool, limit=limit, workers=executor.workers, run=run, log=log)
 
@@ -166,7 +174,13 @@ def _local(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Pat
     )
 
 
-def _pyiron(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> ExecutorLabeler:
+def pyiron_labeler(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> PyironLabeler:
+    """Of an executor of kind ``pyiron``; nobody else's labels are counted.
+
+    Raises:
+        InputError: the settings make no sense, or another process labels in that folder.
+        CalculatorError: pyiron or pysqa is not installed.
+    """
     from calculators.pyiron_labeling import PyironLabeler
 
     queue, resources = _jobs(executor)

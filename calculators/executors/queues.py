@@ -23,6 +23,9 @@ COMMAND_LIMIT_S = 60.0
 
 _NEEDS = {"sge": "defusedxml", "flux": "flux-python"}
 _NOT_NOW = re.compile(r"unable to contact|timed out|temporar|try again|connection (refused|failure)|communicat", re.I)
+_FULL = re.compile(r"MaxSubmit|MaxJobs|GrpSubmit|job submit limit|violates accounting/QOS policy", re.I)
+_TOO_LARGE = re.compile(r"\b(?:QOS|Assoc)(?!(?:Max|Grp)(?:Submit)?Job)[A-Z]\w+")
+"""SLURM ends a job that no wait would make fit with the same general words, but names another limit."""
 _WALLTIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)")
 
 
@@ -90,7 +93,8 @@ class Resources:
     def preamble(self) -> list[str]:
         """Shell lines that come before the command."""
         loads = [
-            f'module load {shlex.quote(name)} || {{ echo "al-loop: cannot load module {name}" >&2; exit 90; }}'
+            f"module load {shlex.quote(name)} || "
+            f"{{ echo {shlex.quote(f'al-loop: cannot load module {name}')} >&2; exit 90; }}"
             for name in self.modules
         ]
         return [*loads, *self.prologue]
@@ -207,6 +211,10 @@ class QueueSilentError(AlLoopError):
     """The queueing system gave no usable answer this time; that says nothing about any job."""
 
 
+class QueueFullError(QueueSilentError):
+    """A limit on how many jobs a user may have there: the job was not taken, and will be when others have ended."""
+
+
 class Queue:
     """One queueing system; any thread may ask.
 
@@ -239,6 +247,7 @@ class Queue:
 
         Raises:
             CalculatorError: the system refuses it; in its own words.
+            QueueFullError: not as long as so many jobs are there.
             QueueSilentError: it does not answer; the job may have been taken.
         """
         try:
@@ -246,6 +255,8 @@ class Queue:
                 queue=QUEUE_NAME, job_name=name, working_directory=str(folder), command=f"exec {command}"
             )
         except _CommandError as error:
+            if _FULL.search(str(error)) and not _TOO_LARGE.search(str(error)):
+                raise QueueFullError(str(error)) from error
             if error.silent:
                 raise QueueSilentError(str(error)) from error
             raise CalculatorError(str(error), where=f"queue {self.spec.system}", mend=error.mend) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -18,11 +19,16 @@ from alcore.errors import AlLoopError, CalculatorError
 from calculators.executors.local import STARTUP_LIMIT_S, tail
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import MARK, end_family, family
-from calculators.executors.queues import QUEUE_LOG, Queue, QueueSilentError, Resources
+from calculators.executors.queues import QUEUE_LOG, Queue, QueueFullError, QueueSilentError, Resources
+
+_LOG = logging.getLogger(__name__)
 
 BACKSTOP_S = 60.0
 """A job ends itself when it is late. One that does not, because it has not even begun, is ended so much later."""
 N_SUBMISSIONS = 5
+"""So often without an answer; a queue that is full is asked for as long as it takes."""
+FULL_PAUSE_S = 60.0
+"""At most so long between two submissions to a queue that is full."""
 N_QUESTIONS = 10
 
 _OUT_OF_TIME = re.compile(r"DUE TO TIME LIMIT|TERM_RUNLIMIT|walltime.{0,40}exceeded|exceeded.{0,40}walltime", re.I)
@@ -142,6 +148,7 @@ class QueueRunner:
 
     def __init__(self, queue: Queue, note_number: Callable[[str, int], None], closed: threading.Event) -> None:
         self._queue, self._note_number, self._closed = queue, note_number, closed
+        self._told = threading.Lock()  # taken for good by the first who says that the queue is full
 
     def pause_s(self, job: Running) -> float:
         return _pause_s(job, self._queue.spec.poll_s)
@@ -150,16 +157,21 @@ class QueueRunner:
         """Raises:
         CalculatorError: the queue refuses it, or is silent for long.
         """
-        wait_s = self._queue.spec.poll_s
-        for _ in range(N_SUBMISSIONS):
+        wait_s, n_silent, said = self._queue.spec.poll_s, 0, ""
+        while n_silent < N_SUBMISSIONS:
             try:
-                job.number = self._queue.submit(queue_name(job.name), job.folder, command)
+                job.number = self._queue.submit(queue_name(job), job.folder, command)
                 self._note_number(job.name, job.number)
                 job.since = time.monotonic()
                 return
+            except QueueFullError as error:
+                if self._told.acquire(blocking=False):
+                    _LOG.warning("the queue takes no more jobs for now, so we wait: %s", error)
+                wait_s = min(wait_s, FULL_PAUSE_S)
             except QueueSilentError as error:
-                said = str(error)
-            if self._closed.wait(wait_s) or self.attach(job):  # it may have been taken without a word
+                n_silent, said = n_silent + 1, str(error)
+            # it may have been taken without a word
+            if self._closed.wait(wait_s) or (n_silent and self.attach(job)):
                 return
             wait_s *= 2
         raise self._silent(said)
@@ -183,7 +195,7 @@ class QueueRunner:
         """The number of a job that was submitted, but killed us before we could record it."""
         if job.number is None:
             listed = self._queue.ask()
-            job.number = next((number for number, name in listed.items() if name == queue_name(job.name)), None)
+            job.number = next((number for number, name in listed.items() if name == queue_name(job)), None)
             if job.number is not None:
                 self._note_number(job.name, job.number)
 
@@ -204,7 +216,7 @@ class QueueRunner:
         if now - job.missing_since < self._queue.spec.grace_s:
             return None
         said, spec = _last_words(job), self._queue.spec
-        which = f"{spec.system} job {job.number or queue_name(job.name)}"
+        which = f"{spec.system} job {job.number or queue_name(job)}"
         if _OUT_OF_TIME.search(said):
             return JobOutcome(
                 kind="timeout", text=f"{which} reached its walltime of {spec.walltime_s:g} s", last_words=said
@@ -212,7 +224,7 @@ class QueueRunner:
         return JobOutcome(kind="died", text=f"{which} left the queue without an outcome", last_words=said)
 
     def _is_listed(self, job: Running, listed: Mapping[int, str]) -> bool:
-        return job.number in listed if job.number is not None else queue_name(job.name) in listed.values()
+        return job.number in listed if job.number is not None else queue_name(job) in listed.values()
 
     def end(self, job: Running) -> None:
         with suppress(AlLoopError):
@@ -228,10 +240,10 @@ def _pause_s(job: Running, most_s: float) -> float:
     return min(most_s, 0.05 + 0.05 * (time.monotonic() - job.since)) * random.uniform(0.8, 1.2)
 
 
-def queue_name(name: str) -> str:
-    """Fifteen characters, which every queueing system shows in full."""
-    digits = name.split("_")
-    return f"al_{digits[1][:12]}" if len(digits) > 1 else name[:15]
+def queue_name(job: Running) -> str:
+    """Fifteen characters, which every queueing system shows in full; no other job has them, not even one of another
+    run that computes the same label."""
+    return f"al_{job.token[:12]}"
 
 
 def _last_words(job: Running) -> str:

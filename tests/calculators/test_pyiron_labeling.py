@@ -277,6 +277,19 @@ def test_a_refusal_that_was_mended_is_not_remembered(tmp_path: Path, make_reques
         assert labeler.label(make_requests(resolved))[0].ok
 
 
+def test_a_folder_is_one_labeler_s_until_it_is_closed(tmp_path: Path, make_requests: MakeRequests) -> None:
+    resolved = resolve("emt")
+    with PyironLabeler(resolved, tmp_path / "run", timeout_s=60) as labeler:
+        with pytest.raises(InputError, match=r"/run: another process labels there \(.*stop it"):
+            PyironLabeler(resolved, tmp_path / "run")
+        PyironLabeler(resolved, tmp_path / "other").close()
+        assert labeler.label(make_requests(resolved))[0].ok
+        closing = threading.Thread(target=labeler.close)  # as at Ctrl-C
+        closing.start()
+        closing.join()
+        PyironLabeler(resolved, tmp_path / "run").close()
+
+
 def test_bad_numbers_and_folders_are_refused(tmp_path: Path) -> None:
     resolved = resolve("emt")
     with pytest.raises(InputError, match="workers is 0"):

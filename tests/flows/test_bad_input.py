@@ -162,8 +162,8 @@ BAD: dict[str, tuple[Callable[[Any], dict[str, Any]], list[str]]] = {
         ["executor.queue: pysqa can submit to moab, but not tell a job's number", "(use the system below it: torque "],
     ),
     "key of a queue without one": (
-        lambda hop: {"executor": {"cores": 4}},
-        ["bad.yaml: executor: `cores` belongs to kind: pyiron (remove it, or set kind: pyiron; line 1)"],
+        lambda hop: {"executor": {"modules": ["vasp"]}},
+        ["bad.yaml: executor: `modules` belongs to kind: pyiron (remove it, or set kind: pyiron; line 1)"],
     ),
     "factory that is not there": (
         lambda hop: {"calculator": {"name": "ase", "factory": "not_here:calculator"}},

@@ -36,7 +36,7 @@ from flows.runfile import load_run_file
 from flows.settings import RunSettings
 from storage.memory import MemoryStore
 
-VERBS = ("init", "check", "run", "up", "down", "status", "show", "report", "export", "calculators")
+VERBS = ("init", "check", "run", "cancel", "up", "down", "status", "show", "report", "export", "calculators")
 HEAVY = ("torch", "mace", "prefect", "mongoengine", "pymongo", "ase", "numpy", "matplotlib", "pyiron_base")
 
 
@@ -208,8 +208,14 @@ def test_errors_while_running(run_file: Path, monkeypatch: pytest.MonkeyPatch) -
     session(monkeypatch, run_foreground=fails_with(KeyboardInterrupt()))
     result = al_loop("run", run_file, "--name", "mine", "--set", "paths.0.name='a-b'", "--no-server")
     assert result.exit_code == 130
+    assert "cancel" not in result.stderr
     again = result.stderr.rstrip().split("go on with: al-loop ")[1]
     assert shlex.split(again) == ["run", str(run_file), "--name", "mine", "--set=paths.0.name='a-b'", "--no-server"]
+
+    queue = ("executor.kind=pyiron", "executor.queue=slurm", "executor.walltime='1:00:00'")
+    result = al_loop("run", run_file, "--name", "mine", *(word for change in queue for word in ("--set", change)))
+    assert result.exit_code == 130
+    assert "jobs in the queue go on (`al-loop cancel mine` ends them), go on with: al-loop run" in result.stderr
 
 
 def labelled(rattle: float) -> Label:
@@ -291,7 +297,7 @@ def test_status_of_an_empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no run yet" in al_loop("status").stdout
 
 
-@pytest.mark.parametrize("verb", ["status", "show", "report", "export"])
+@pytest.mark.parametrize("verb", ["status", "show", "report", "export", "cancel"])
 def test_a_run_that_is_not_there(
     store: MemoryStore, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,7 +186,7 @@ def test_executors_that_make_sense(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"cores": 2}, "cores"),
+        ({"prologue": ["x"]}, "prologue"),
         ({"modules": ["vasp"]}, "modules"),
         ({"queue": "slurm", "walltime": "1:00:00"}, "queue"),
         ({"kind": "pyiron", "walltime": "1:00:00"}, "walltime"),

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alcore.errors import CalculatorError, InputError
-from calculators.executors.queues import SYSTEMS, Queue, QueueSpec, Resources, script_template, walltime_s
+from calculators.executors.queues import (
+    SYSTEMS,
+    Queue,
+    QueueFullError,
+    QueueSpec,
+    Resources,
+    script_template,
+    walltime_s,
+)
 
 
 @given(days=st.integers(0, 30), hours=st.integers(0, 23), minutes=st.integers(0, 59), seconds=st.integers(1, 59))
@@ -80,6 +88,40 @@ def test_lsf_reads_its_script_from_stdin(tmp_path: Path, monkeypatch: pytest.Mon
     assert queue.submit("al_1", tmp_path / "job", "true") == 17
     assert "#BSUB -J al_1" in (tmp_path / "read").read_text()
     assert queue.ask() == {17: "al_1"}
+
+
+POLICY = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size)"
+)
+
+
+@pytest.mark.parametrize(
+    ("named", "error"),
+    [
+        ("QOSMaxSubmitJobPerUserLimit", QueueFullError),
+        ("AssocMaxSubmitJobLimit", QueueFullError),
+        ("AssocGrpSubmitJobsLimit", QueueFullError),
+        ("", QueueFullError),
+        ("QOSMaxWallDurationPerJobLimit", CalculatorError),
+        ("AssocMaxCpuPerJobLimit", CalculatorError),
+    ],
+)
+def test_a_limit_on_the_number_of_jobs_passes_and_one_on_a_job_s_size_does_not(
+    named: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"sbatch: error: {named}\n{POLICY}" if named else POLICY
+    programs(tmp_path, monkeypatch, sbatch=f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
+    queue = Queue(QueueSpec(system="slurm", walltime_s=600), Resources(), tmp_path / "queues")
+    with pytest.raises(error, match="accounting/QOS policy"):
+        queue.submit("al_1", tmp_path / "job", "true")
+
+
+def test_a_module_s_name_is_no_command(tmp_path: Path) -> None:
+    name = '$(touch done)"`touch done`'
+    script = "module() { return 1; }\n" + "\n".join(Resources(modules=(name,)).preamble())
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (90, f"al-loop: cannot load module {name}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torque_s_number_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

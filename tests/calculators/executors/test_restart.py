@@ -12,7 +12,7 @@ import pytest
 
 from alcore.errors import CalculatorError
 from alcore.types import Label, LabelRequest
-from calculators.executors import queues
+from calculators.executors import queues, runners
 from calculators.executors.local import PoolClosedError
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import family
@@ -142,6 +142,82 @@ def test_close_leaves_a_queued_job_to_the_next_labeler(
     with other.labeler() as labeler:
         assert labeler.label([other.request()])[0].ok
     assert (other.n_begun(), fake_slurm.calls("sbatch"), fake_slurm.calls("scancel")) == (1, 1, 0)
+
+
+def other_run(waiting: Any) -> PyironLabeler:
+    """Asks for the same label as ``waiting.labeler()`` does, in a folder of its own."""
+    return PyironLabeler(waiting.resolved(), waiting.folder / "other", queue=SPEC, timeout_s=300)
+
+
+def test_a_refused_job_leaves_that_of_another_run_alone(
+    waiting: Callable[[str], Any], fake_slurm: Any, wait_until: Callable[..., None]
+) -> None:
+    one = waiting("slurm")
+    one.hold.touch()
+    with one.labeler() as labeler, other_run(one) as other:
+        thread, answer = in_thread(labeler, one.request())
+        wait_until(lambda: one.n_begun() == 1)
+        fake_slurm.tell("refuse", "sbatch: error: invalid account")
+        with pytest.raises(CalculatorError, match="invalid account"):
+            other.label([one.request()])
+        assert fake_slurm.calls("scancel") == 0
+        one.hold.unlink()
+        thread.join(60)
+    assert [label.status for label in answer] == ["ok"]
+
+
+def test_a_full_queue_is_waited_for_and_then_given_the_run_s_own_job(
+    waiting: Callable[[str], Any],
+    fake_slurm: Any,
+    wait_until: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Stopped while it waits, it has a job that was never submitted; the job of the same label that another run has
+    in the queue is not taken for it."""
+    monkeypatch.setattr(runners, "FULL_PAUSE_S", 0.1)
+    one = waiting("slurm")
+    one.hold.touch()
+    with one.labeler() as labeler:
+        threads = [in_thread(labeler, one.request())]
+        wait_until(lambda: one.n_begun() == 1)
+        fake_slurm.tell("refuse", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+        with other_run(one) as other:
+            thread, stopped = in_thread(other, one.request())
+            wait_until(lambda: fake_slurm.calls("sbatch") > 2 + runners.N_SUBMISSIONS or not thread.is_alive())
+            assert thread.is_alive()
+        thread.join(30)
+        assert isinstance(stopped[0], PoolClosedError)
+        assert caplog.text.count("takes no more jobs for now") == 1
+        (fake_slurm.folder / "refuse").unlink()
+        with other_run(one) as other:
+            threads.append(in_thread(other, one.request()))
+            wait_until(lambda: one.n_begun() == 2)
+            one.hold.unlink()
+            for thread, _ in threads:
+                thread.join(60)
+    assert [label.status for _, answer in threads for label in answer] == ["ok", "ok"]
+    assert fake_slurm.calls("scancel") == 0
+
+
+def test_a_job_found_again_that_close_ends_is_no_crash(
+    waiting: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = waiting("")
+    other.start_and_kill(lambda: other.n_begun() == 1)
+    labeler = other.labeler()
+    look = labeler._runner.gone
+
+    def gone(job: Any) -> JobOutcome | None:
+        """Closed after the waiting thread last asked whether it is, and before it looks for processes."""
+        labeler.close()
+        outcome: JobOutcome | None = look(job)
+        assert outcome is not None
+        return outcome
+
+    monkeypatch.setattr(labeler._runner, "gone", gone)
+    with pytest.raises(PoolClosedError):
+        labeler.label([other.request()])
 
 
 def label_one(tmp_path: Path, make_requests: MakeRequests, spec: QueueSpec = SPEC) -> Label:
