@@ -119,7 +119,8 @@ def resolve(name: str, settings: Mapping[str, Any] | None = None, base: Path | N
 def _problem(entry: CalculatorEntry, detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] != "extra_forbidden":
-        return f"{key}: {detail['msg']}"
+        said = str(detail["msg"]).removeprefix("Value error, ")  # pydantic's words for our own
+        return f"{key}: {said}" if key else said
     known = list(entry.settings_model.model_fields)
     near = get_close_matches(key, known, n=1)
     return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f", known: {', '.join(known) or 'none'}")

@@ -216,3 +216,9 @@ def test_the_registry_loads_nothing_heavy() -> None:
     root = Path(__file__).parents[2]
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert said.stdout.strip() == "set()"
+
+
+def test_a_problem_of_all_settings_together_reads_like_one_of_ours() -> None:
+    with pytest.raises(CalculatorError) as caught:
+        resolve("vasp", {})
+    assert str(caught.value).startswith("calculator.settings of vasp: encut (eV) and kspacing")
