@@ -305,7 +305,8 @@ def compute(place: str) -> None:
     folder, ready = Path(place), int(sys.argv[2])
     os.set_inheritable(ready, False)
     faulthandler.enable(all_threads=False)
-    threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
+    threading.Thread(target=watch_parent, args=(parent,), daemon=True).start()
     job = read_job(folder)
     assert job is not None
     try:
@@ -321,7 +322,8 @@ def compute(place: str) -> None:
         outcome = JobOutcome(kind="done", value=work(structure), seconds=time.monotonic() - begun)
     except BaseException:
         outcome = JobOutcome(kind="raised", text=traceback.format_exc(), seconds=time.monotonic() - begun)
-    write_outcome(folder, job["token"], outcome)
+    if os.getppid() == parent:  # else all is being ended, and what a child's death made of this is no answer
+        write_outcome(folder, job["token"], outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # whatever a library wants to do at its end may hang; all that counts is on the disk

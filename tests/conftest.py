@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -35,7 +37,19 @@ def isolate() -> None:
     )
 
 
+def import_gpaw_as_users_do() -> None:
+    """GPAW switches to a debug mode where it sees pytest: it then changes numpy's ``empty`` and error handling for the
+    whole process, and what breaks is somewhere else."""
+    if find_spec("gpaw"):
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "pytest"}
+        import gpaw
+
+        assert not gpaw.debug
+        sys.modules.update(hidden)
+
+
 isolate()
+import_gpaw_as_users_do()
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that; the tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -25,13 +25,14 @@ def family(mark: str) -> set[psutil.Process]:
 def end_family(pid: int, mark: str) -> None:
     """Kill the worker ``pid`` and all that came from it; itself last, when called from inside.
 
-    A process is known by its mark, never by its number alone: a dead worker's number may be somebody else's by now.
+    From outside it goes first: it must not take a child's death for the child's answer. A process is known by its mark,
+    never by its number alone: a dead worker's number may be somebody else's by now.
     """
     ended: set[psutil.Process] = set()
     alive = False
     while new := family(mark) - ended:
         alive = alive or any(process.pid == pid for process in new)
-        for process in new:
+        for process in sorted(new, key=lambda one: one.pid != pid):
             if process.pid != os.getpid():
                 with suppress(psutil.Error):
                     process.kill()
