@@ -136,7 +136,8 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             requests = _requests(probes, state, spec, shop, index)
             labels = _obtain(requests, index, spec.run, shop)
         state, paths = measure(state, probes, requests, labels, spec, shop)
-        answered = [(r.candidate.kind, state.labels[r.key]) for r in requests]
+        labels = state.labels
+        answered = [(r.candidate.kind, labels[r.key]) for r in requests]
         calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)
         n_calls = total_calls(calls)
         decision = overall(paths, budget(n_calls, index, spec.stop))

@@ -16,6 +16,7 @@ from alcore.errors import CalculatorError
 from alcore.identity import json_sha256
 from alcore.types import Structure
 from calculators.base import ResolvedCalculator, Retry
+from calculators.folders import fresh_folder
 from calculators.measure import Measurement, measure
 
 ATTEMPTS_FILE = "attempts.json"
@@ -112,11 +113,7 @@ def differing(facts: Any, others: Any) -> list[str]:
 @contextmanager
 def own_folder(home: Path, name: str) -> Iterator[None]:
     """Inside, a new folder in ``home`` is the current one: an attempt must not find another's files."""
-    number = 1
-    while (folder := home / (name if number == 1 else f"{name}-{number}")).exists():  # a queue began this job again
-        number += 1
-    folder.mkdir()
-    os.chdir(folder)
+    os.chdir(fresh_folder(home, name))  # there may be one already, if a queue began this job again
     try:
         yield
     finally:

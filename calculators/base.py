@@ -7,6 +7,7 @@ its own folder, under the timeout, and with its output caught.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +155,10 @@ class CalculatorEntry:
         return super().__reduce_ex__(protocol)
 
     def facts(self, settings: Any) -> dict[str, Any]:
-        """What a fingerprint is the hash of."""
-        return {"calculator": self.name, **self.fingerprint_facts(settings)}
+        """What a fingerprint is the hash of: what JSON holds and no more, so that it is the same after a journey."""
+        facts = {"calculator": self.name, **self.fingerprint_facts(settings)}
+        plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+        return plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ from alcore.types import Candidate, FloatArray, Label, LabelRequest, LabelStatus
 from calculators.attempts import NOT_MADE, changed_settings, own_folder, prepare_worker
 from calculators.base import ResolvedCalculator, no_inspection
 from calculators.executors.local import WorkerPool
-from calculators.labeling import LocalLabeler, fresh_folder
+from calculators.folders import fresh_folder
+from calculators.labeling import LocalLabeler
 from calculators.labels import LabelLimits, conclude
 from calculators.leftovers import Watch
 from calculators.measure import Measurement

@@ -226,7 +226,8 @@ def make(settings: EspressoSettings, structure: Structure | None = None) -> Espr
             bare.set_constraint()
             if settings.spin:  # pw.x takes fractions of the valence electrons; only 7.3 and later take μ_B as well
                 valence = {symbol: upf.valence for symbol, upf in pseudopotentials(settings).items()}
-                fractions = [m / valence[s] for s, m in zip(bare.symbols, bare.get_initial_magnetic_moments())]  # noqa: B905
+                asked = zip(bare.symbols, bare.get_initial_magnetic_moments(), strict=True)
+                fractions = [moment / valence[symbol] for symbol, moment in asked]
                 bare.set_initial_magnetic_moments(fractions)
             else:
                 bare.set_initial_magnetic_moments(None)

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from alcore.errors import CalculatorError
 from calculators.executors.local import STARTUP_LIMIT_S, THREAD_VARIABLES, tail
-from calculators.executors.memory import LOOK_S, MemoryWatch
+from calculators.executors.memory import LOOK_S, MemoryWatch, told_excess
 from calculators.executors.outcome import JobOutcome
-from calculators.executors.processes import MARK, end_family
+from calculators.executors.processes import MARK, end_family, how_it_ended
 
 if TYPE_CHECKING:
     from alcore.types import Structure
@@ -288,11 +288,9 @@ def _watch(process: subprocess.Popen[bytes], ready: int, timeout_s: float, memor
     while (left := begun + timeout_s - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=min(left, LOOK_S) if memory_gb else left)
-            text = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            return JobOutcome(kind="died", text=text, seconds=time.monotonic() - begun)
+            return JobOutcome(kind="died", text=how_it_ended(code), seconds=time.monotonic() - begun)
         if (held := memory.excess_gb()) is not None:
-            text = f"used {held:.3g} GB, more than executor.memory_gb {memory_gb:g}"
-            return JobOutcome(kind="memory", text=text, seconds=time.monotonic() - begun)
+            return JobOutcome(kind="memory", text=told_excess(held, memory_gb), seconds=time.monotonic() - begun)
     return JobOutcome(kind="timeout", seconds=time.monotonic() - begun)
 
 
@@ -335,7 +333,6 @@ def _prepared(job: Mapping[str, Any]) -> tuple[Callable[[Structure], Measurement
     Raises:
         CalculatorError: the calculator is not what the fingerprint says.
     """
-    from alcore.identity import json_sha256
     from alcore.types import Structure
     from calculators.attempts import prepare_worker
     from calculators.base import ResolvedCalculator
@@ -343,10 +340,7 @@ def _prepared(job: Mapping[str, Any]) -> tuple[Callable[[Structure], Measurement
 
     entry = get_calculator(job["calculator"])
     settings = entry.settings_model.model_validate(job["settings"])
-    # the facts themselves, where they are the same: what went through JSON may hold lists for tuples
-    facts = entry.facts(settings)
-    facts = facts if json_sha256(facts) == job["fingerprint"] else job["facts"]
-    resolved = ResolvedCalculator(entry=entry, settings=settings, facts=facts, fingerprint=job["fingerprint"])
+    resolved = ResolvedCalculator(entry=entry, settings=settings, facts=job["facts"], fingerprint=job["fingerprint"])
     return prepare_worker((resolved, job["retries"])), Structure(**job["structure"])
 
 

@@ -12,12 +12,13 @@ from typing import Self
 
 import ase.io
 
-from alcore.errors import AlLoopError, CalculatorError, InputError
+from alcore.errors import CalculatorError, InputError
 from alcore.types import Label, LabelRequest
 from calculators.attempts import prepare_worker
 from calculators.base import ResolvedCalculator
 from calculators.executors.local import PoolClosedError, WorkerPool, WorkerStartError
 from calculators.executors.outcome import JobOutcome
+from calculators.folders import fresh_folder
 from calculators.labels import LabelLimits, conclude
 
 
@@ -194,20 +195,6 @@ def label_each(
 def _cancel(futures: dict[Future[Label], int]) -> None:
     for future in futures:
         future.cancel()
-
-
-def fresh_folder(parent: Path, name: str) -> Path:
-    """A new folder ``name``, ``name-2``, ... in ``parent``: an earlier failure of the same key is kept."""
-    number = 1
-    while True:
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise AlLoopError(f"cannot make a folder for a calculation: {error}") from error
 
 
 __all__ = ["ExecutorLabeler", "LocalLabeler", "PoolClosedError"]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from alcore.errors import AlLoopError
-from calculators.executors.memory import MemoryWatch
+from calculators.executors.memory import MemoryWatch, told_excess
 from calculators.executors.outcome import JobOutcome
-from calculators.executors.processes import MARK, end_family
+from calculators.executors.processes import MARK, end_family, how_it_ended
 
 STARTUP_LIMIT_S = 300.0
 """Loading torch and a model on a busy machine takes tens of seconds; no more than this."""
@@ -107,7 +107,7 @@ class _Worker:
             return JobOutcome(kind="died" if how else "timeout", text=how, last_words=said, seconds=seconds)
         if kind == "memory":
             said = tail(folder / "stderr.txt")
-            used = f"used {value:.3g} GB, more than executor.memory_gb {memory_gb:g}"
+            used = told_excess(value, memory_gb)
             return JobOutcome(kind="memory", text=used, last_words=said, seconds=seconds)
         if kind == "raised":
             return JobOutcome(kind="raised", text=value, seconds=seconds)
@@ -132,7 +132,7 @@ class _Worker:
     def _how(self) -> str:
         with suppress(subprocess.TimeoutExpired):
             code = self.process.wait(timeout=5)
-            return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            return how_it_ended(code)
         return "it closed its connection"
 
     @property

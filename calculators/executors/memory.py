@@ -27,6 +27,11 @@ def resident_gb(pid: int) -> float:
     return total / BYTES_PER_GB
 
 
+def told_excess(held_gb: float, limit_gb: float | None) -> str:
+    """What a person hears of a process that held more than it may."""
+    return f"used {held_gb:.3g} GB, more than executor.memory_gb {limit_gb:g}"
+
+
 class MemoryWatch:
     """Tells when a process holds more than it may.
 

@@ -12,6 +12,11 @@ MARK = "AL_LOOP_WORKER"
 """Environment variable that every descendant of a worker inherits; it finds those that left the process tree."""
 
 
+def how_it_ended(code: int) -> str:
+    """A process' return code, as ``subprocess`` gives it, in words."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
 def family(mark: str) -> set[psutil.Process]:
     """Every process that carries ``mark``, and all their descendants."""
     found: set[psutil.Process] = set()

@@ -18,7 +18,7 @@ from typing import Protocol
 from alcore.errors import AlLoopError, CalculatorError
 from calculators.executors.local import STARTUP_LIMIT_S, tail
 from calculators.executors.outcome import JobOutcome
-from calculators.executors.processes import MARK, end_family, family
+from calculators.executors.processes import MARK, end_family, family, how_it_ended
 from calculators.executors.queues import QUEUE_LOG, Queue, QueueFullError, QueueSilentError, Resources
 
 _LOG = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class LocalRunner:
         code = job.process.poll() if job.process is not None else None
         if code is None and (job.process is not None or family(job.token)):
             return None
-        how = "it is gone" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        how = "it is gone" if code is None else how_it_ended(code)
         self.end(job)
         return JobOutcome(kind="died", text=how, last_words=_last_words(job), seconds=time.monotonic() - job.since)
 
