@@ -201,7 +201,7 @@ def _check_runs(first: Label) -> ContractCheck:
 def _check_key(bench: _Bench) -> ContractCheck:
     resolved, asked, name = bench.resolved, bench.asked, "same input, same key"
     try:
-        json.dumps(resolved.facts)
+        json.dumps(resolved.entry.fingerprint_facts(resolved.settings))
     except (TypeError, ValueError) as error:
         return ContractCheck(name, False, f"fingerprint_facts are not plain JSON values: {error}")
     twin = replace(resolved, settings=type(resolved.settings).model_validate(resolved.settings.model_dump()))
