@@ -7,7 +7,9 @@
     │   ├── EndpointError     the two end states do not belong together
     │   ├── CalculatorError   unknown calculator, bad setting, program missing
     │   ├── ModelError        a foundation model cannot be loaded or lacks an element
-    │   └── StoreError        the database cannot be reached or is of a newer schema
+    │   ├── RunBusyError      another process works on the run now
+    │   └── StoreError        the database refuses us, or is of a newer schema
+    │       └── StoreUnreachableError   it does not answer now; it may later
     ├── RunawayError          a relaxation left the region where its potential means anything
     └── TrainingError         a training did not reach what was asked of it
 
@@ -48,8 +50,16 @@ class ModelError(InputError):
     """A model cannot be loaded, or does not know an element of the structures."""
 
 
+class RunBusyError(InputError):
+    """Another process works on the run now: two would do everything twice."""
+
+
 class StoreError(InputError):
-    """The database cannot be reached, refuses us, or was written by a newer al-loop."""
+    """The database refuses us, holds damaged data, or was written by a newer al-loop."""
+
+
+class StoreUnreachableError(StoreError):
+    """The database does not answer, or not yet, or cannot take writes now. The same may well work later."""
 
 
 class RunawayError(AlLoopError):

@@ -10,14 +10,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from alcore.barrier import count_calls, total_calls
 from alcore.dataset import grow
 from alcore.identity import label_key
 from alcore.neb import interpolate
+from alcore.plain import from_plain, to_plain
 from alcore.probe import Probe, ProbeSpec, probe_path
 from alcore.spin import path_jumps
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
+from alcore.steps import Steps
 from alcore.stopping import budget, overall, unmet
 from alcore.types import (
     Dataset,
@@ -130,7 +133,13 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
                 end_state_fmax_ev_per_ang=spec.stop.saddle_fmax_ev_per_ang,
                 calibration=calibrate(state.residuals),
             )
-            probed = shop.runner.map("probe", index, open_paths, lambda name: _probe(name, state, probe_spec, shop))
+            probed = Steps(shop, spec.run, index).remembered(
+                "probe",
+                open_paths,
+                lambda name: _probe(name, state, probe_spec, shop),
+                inputs={"spec": to_plain(probe_spec), "learned": state.surrogate.describe()},
+                unpack=partial(from_plain, Probe),
+            )
         probes = dict(zip(open_paths, probed, strict=True))
         with _timed(seconds, "label"):
             requests = _requests(probes, state, spec, shop, index)
@@ -142,7 +151,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         n_calls = total_calls(calls)
         decision = overall(paths, budget(n_calls, index, spec.stop))
         with _timed(seconds, "train"):
-            state = _learn(state, paths, index, shop) if not decision.stop else state
+            state = _learn(state, paths, Steps(shop, spec.run, index)) if not decision.stop else state
         record = GenerationRecord(
             run=spec.run,
             index=index,
@@ -156,9 +165,10 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             calibration=calibrate([*state.residuals, *(r for p in paths for r in p.residuals)]),
             surrogate=state.surrogate.describe(),
             seconds=seconds,
+            sitting=spec.sitting,
             decision=decision,
         )
-        shop.runner.map("record", index, [spec.run], lambda _: shop.store.save_generation(record))
+        shop.runner.map("record", index, [spec.run], lambda _: _record(record, shop))
     _warn_of_spin(record, state, shop)
     shop.on_generation(record, state.labels)
     return replace(state, records=(*state.records, record))
@@ -205,17 +215,34 @@ def _requests(
     return list(requests.values())[: max(left, 0)]
 
 
+def _record(record: GenerationRecord, shop: Workshop) -> None:
+    """Once it is stored, its steps are needed no more."""
+    shop.store.save_generation(record)
+    shop.store.forget_steps(record.run, record.index)
+
+
 def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Workshop) -> dict[str, Label]:
-    """A label for every request: from the store where it is good, else from the reference, and then stored at once."""
+    """A label for every request: from the store where it is good, else from the reference, and then stored at once.
+
+    One that failed is asked for again, but not where this very generation had asked for it before it was interrupted.
+    """
     by_key = {request.key: request for request in requests}
-    known = {key: _owned(label, run) for key, label in shop.store.load_labels(list(by_key)).items() if label.ok}
+    mine = {"computed_by": run, "generation": index}
+    stored = shop.store.load_labels(list(by_key))
+    known = {
+        key: _owned(label, run) for key, label in stored.items() if label.ok or mine.items() <= label.details.items()
+    }
     for label in known.values():
         shop.store.save_label(label, run)
 
     def work(key: str) -> Label:
-        (label,) = shop.labeler.label([by_key[key]])
-        label = replace(label, details={**label.details, "computed_by": run})
-        shop.store.save_label(label, run)
+        with shop.claims.claim(key) as others:
+            if others is not None:
+                shop.store.save_label(others, run)
+                return _owned(others, run)
+            (label,) = shop.labeler.label([by_key[key]])
+            label = replace(label, details={**label.details, **mine})
+            shop.store.save_label(label, run)
         if not label.ok:
             place = f", files in {label.folder}" if label.folder else ""
             shop.log(
@@ -234,16 +261,22 @@ def _owned(label: Label, run: str) -> Label:
     return replace(label, reused=label.details.get("computed_by") != run)
 
 
-def _learn(state: LoopState, paths: Sequence[PathRecord], index: int, shop: Workshop) -> LoopState:
+def _learn(state: LoopState, paths: Sequence[PathRecord], steps: Steps) -> LoopState:
     """Fine-tunes the members that are due, and lets the better surface lead."""
-    due = shop.trainer.due(state.surrogate, state.dataset)
+    trainer = steps.shop.trainer
+    due = trainer.due(state.surrogate, state.dataset)
     if not due:
         return state
-    trained = shop.runner.map(
-        "train", index, due, lambda name: shop.trainer.train_member(name, state.surrogate, state.dataset, index)
+    trained = steps.remembered(
+        "train",
+        due,
+        lambda name: trainer.train_member(name, state.surrogate, state.dataset, steps.index),
+        inputs={"labels": [label.key for label in state.dataset.labels], "before": state.surrogate.describe()},
+        pack=trainer.pack_member,
+        unpack=trainer.unpack_member,
     )
     residuals = [*state.residuals, *(r for p in paths for r in p.residuals)]
-    surrogate = shop.trainer.finish(state.surrogate, dict(zip(due, trained, strict=True)), state.dataset, residuals)
+    surrogate = trainer.finish(state.surrogate, dict(zip(due, trained, strict=True)), state.dataset, residuals)
     return replace(state, surrogate=surrogate)
 
 

@@ -75,6 +75,14 @@ class Trainer(Protocol[SurrogateT]):
         say which surface predicted better so far, and that one leads."""
         ...
 
+    def pack_member(self, member: Any) -> dict[str, Any]:
+        """What ``train_member`` returned as plain values (``alcore.plain``)."""
+        ...
+
+    def unpack_member(self, packed: Mapping[str, Any]) -> Any:
+        """Undoes ``pack_member``, bit for bit."""
+        ...
+
     def restore(
         self, start: SurrogateT, record: GenerationRecord, dataset: Dataset, residuals: Sequence[Residual]
     ) -> SurrogateT:
@@ -129,6 +137,18 @@ class LeaseStore(Protocol):
         ...
 
 
+class Claims(Protocol):
+    """Sees to it that no label is computed twice, whoever asks for it."""
+
+    def claim(self, key: str) -> AbstractContextManager[Label | None]:
+        """Inside, over all runs, processes and machines that share the store, nobody else computes ``key``.
+
+        Waits while somebody else does. Gives the good label if one is stored by then, and None if it is to be computed
+        now; then it has to be stored before the block ends.
+        """
+        ...
+
+
 class StepRunner(Protocol):
     """Runs the loop's steps: plainly in threads (``alcore.runner.PlainRunner``), or as Prefect tasks (``flows``).
 
@@ -167,6 +187,18 @@ class RecordStore(Protocol):
         ...
 
     def save_generation(self, record: GenerationRecord) -> None: ...
+
+    def load_step(self, run: str, generation: int, name: str) -> dict[str, Any] | None:
+        """What ``save_step`` was given, or None."""
+        ...
+
+    def save_step(self, run: str, generation: int, name: str, content: Mapping[str, Any]) -> None:
+        """What a finished step of an unfinished generation found (plain values, ``alcore.plain``)."""
+        ...
+
+    def forget_steps(self, run: str, generation: int) -> None:
+        """Those of ``generation`` and all before: it is stored as a whole."""
+        ...
 
     def load_labels(self, keys: Sequence[str]) -> dict[str, Label]:
         """Those of ``keys`` that are stored, whatever their status."""

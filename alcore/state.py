@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from alcore.neb import NebSpec
-from alcore.protocols import Labeler, RecordStore, StepRunner, Trainer
+from alcore.protocols import Claims, Labeler, RecordStore, StepRunner, Trainer
 from alcore.selection import SelectSpec
 from alcore.stopping import StopSpec
 from alcore.types import Dataset, Decision, EndpointPair, GenerationRecord, Label, PathRecord, Residual
@@ -16,12 +17,21 @@ from alcore.vetting import believed
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSpec:
-    """What the loop is asked to do; sections as in the run file."""
+    """What the loop is asked to do; sections as in the run file. ``sitting`` is that of ``GenerationRecord``."""
 
     run: str
+    sitting: int = 0
     neb: NebSpec = NebSpec()
     select: SelectSpec = SelectSpec()
     stop: StopSpec = StopSpec()
+
+
+class NobodyElse:
+    """``Claims`` of a store that nobody shares."""
+
+    def claim(self, key: str) -> AbstractContextManager[Label | None]:
+        """Never waits."""
+        return nullcontext(None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +43,7 @@ class Workshop:
         trainer: makes surrogates.
         store: remembers.
         runner: runs the steps (plainly, or as Prefect tasks).
+        claims: keeps others from computing the same label.
         on_generation: hears of each record once it is stored.
         log: takes lines for a person.
     """
@@ -41,6 +52,7 @@ class Workshop:
     trainer: Trainer[Any]
     store: RecordStore
     runner: StepRunner
+    claims: Claims = NobodyElse()
     on_generation: Callable[[GenerationRecord, Mapping[str, Label]], None] = lambda record, labels: None
     log: Callable[[str], None] = lambda line: None
 

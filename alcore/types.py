@@ -478,7 +478,9 @@ class GenerationRecord:
         calibration: as it stands after this generation.
         surrogate: what the surrogate is, for a person and for going on: ``strategy``, ``why``, ``members`` (sha256 of
             each member's weights), ``prior`` (sha256), ``train`` (epochs, errors), ``correction`` (precision, …).
-        seconds: wall time by step (``probe``, ``label``, ``train``).
+        seconds: wall time by step (``probe``, ``label``, ``train``); a step that had been done before the run was
+            stopped takes none.
+        sitting: index in ``RunRecord.sittings`` of the one that finished it.
         decision: of the run.
     """
 
@@ -494,7 +496,29 @@ class GenerationRecord:
     calibration: Calibration = Calibration()
     surrogate: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    sitting: int = 0
     decision: Decision = Decision(stop=False, code="continue", reason="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sitting:
+    """One process's stretch of work on a run; a run that was stopped and gone on with has several.
+
+    Attributes:
+        started: ISO 8601 in UTC.
+        host: the machine's name.
+        versions: of Python and the packages that compute (``al-loop``, ``torch``, ``mace-torch``, ``ase``, …).
+        code_sha256: hash of al-loop's own source files.
+        settings_sha256: hash of the settings it ran with.
+        changed: settings that differ from those of the sitting before, ``[then, now]`` by their key.
+    """
+
+    started: str
+    host: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    code_sha256: str = ""
+    settings_sha256: str = ""
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -503,11 +527,11 @@ class RunRecord:
 
     Attributes:
         name: unique in the database.
-        settings: the resolved run file as plain JSON values.
+        settings: the resolved run file as plain JSON values, as of the latest sitting.
         settings_sha256: hash of ``settings``.
         status: ``running``, ``converged``, ``budget_spent``, ``failed`` or ``cancelled``.
         reason: one line for a person.
-        versions: package versions that made it (``al-loop``, ``torch``, ``mace-torch``, ``ase``, …).
+        sittings: who worked on it, when and with what, in order.
         started, finished: ISO 8601 in UTC; ``finished`` is "" while it runs.
     """
 
@@ -516,6 +540,6 @@ class RunRecord:
     settings_sha256: str
     status: Literal["running", "converged", "budget_spent", "failed", "cancelled"] = "running"
     reason: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    sittings: tuple[Sitting, ...] = ()
     started: str = ""
     finished: str = ""

@@ -7,12 +7,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alcore.errors import AlLoopError, InputError, StoreError
-from alcore.identity import geometry_bytes, json_sha256
+from alcore.identity import geometry_bytes
 from alcore.loop import begin, run_loop
 from alcore.protocols import RecordStore, StepRunner
 from alcore.runner import PlainRunner
@@ -20,6 +19,7 @@ from alcore.state import LoopState, Workshop
 from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
 from flows.settings import CalculatorSettings, RunSettings, StoreSettings
+from flows.sittings import new_sitting
 
 if TYPE_CHECKING:
     from prefect.states import State
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from calculators.base import ResolvedCalculator
     from flows.bounded import BoundedLabeler
     from storage.store import MongoStore
-
-PACKAGES = ("al-loop", "torch", "mace-torch", "ase", "numpy", "scipy", "prefect", "mongoengine")
 
 MAY_CHANGE = ("name", "stop", "executor", "store")
 """Sections of a run file that may differ when a run goes on; all else would mix two different questions."""
@@ -136,7 +134,7 @@ def run_session(
                     on_generation=heard,
                     log=log,
                 )
-                spec = wiring.loop_spec(settings)
+                spec = wiring.loop_spec(settings, sitting=len(run.sittings) - 1)
                 with _ctrl_c_ends(labeler), show_slots(labeler), wiring.few_threads(parts.pairs, spec):
                     state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
             except BaseException as error:
@@ -214,16 +212,18 @@ def _open_run(
 ) -> RunRecord:
     """The record of a run that begins or, if there was one ``before``, goes on."""
     values = _without_password(settings)
+    sitting = new_sitting(values, before)
     run = RunRecord(
         name=settings.name,
         settings=values,
-        settings_sha256=json_sha256(values),
-        versions=_versions(),
-        started=environment.now_iso(),
+        settings_sha256=sitting.settings_sha256,
+        sittings=(*(before.sittings if before else ()), sitting),
+        started=before.started if before else sitting.started,
     )
     if before is not None:
         log(f"run '{settings.name}' exists since {before.started}: going on where it stopped")
-        run = replace(run, started=before.started)
+        for key, (then, now) in sitting.changed.items():
+            log(f"  {key} was {then}, is now {now}")
     store.save_run(run)
     return run
 
@@ -245,18 +245,6 @@ def _without_password(settings: RunSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     values["store"] = {"mongodb_uri": None}
     return values
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            from flows import __version__
-
-            found[package] = __version__ if package == "al-loop" else "not installed"
-    return found
 
 
 def generation_line(record: GenerationRecord) -> str:

@@ -91,10 +91,11 @@ def read_pairs(settings: RunSettings) -> list[EndpointPair]:
     return [read_pair(path, f"paths.{k}") for k, path in enumerate(settings.paths)]
 
 
-def loop_spec(settings: RunSettings) -> LoopSpec:
+def loop_spec(settings: RunSettings, sitting: int = 0) -> LoopSpec:
     """The loop's settings as the science takes them."""
     return LoopSpec(
         run=settings.name,
+        sitting=sitting,
         neb=NebSpec(**settings.neb.model_dump()),
         select=SelectSpec(**settings.select.model_dump(), well_tolerance_ev=settings.stop.barrier_tolerance_ev),
         stop=StopSpec(**settings.stop.model_dump()),

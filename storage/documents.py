@@ -30,7 +30,7 @@ from mongoengine import (
 from mongoengine.base import BaseField
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_COLLECTION = "schema"
 BLOB_COLLECTION = "blobs"
 INT64 = 2**63
@@ -237,6 +237,7 @@ class GenerationDocument(Document):
     calibration = EmbeddedDocumentField(CalibrationDocument, required=True)
     surrogate = PlainField()
     seconds = PlainField()
+    sitting = IntField()
     decision = EmbeddedDocumentField(DecisionDocument, required=True)
     meta = {  # noqa: RUF012 - mongoengine's way
         "collection": "generations",
@@ -320,6 +321,31 @@ class LabelDocument(Document):
     }
 
 
+class StepDocument(Document):
+    """What one step of a generation that is not finished yet found (``alcore.steps``); it goes with its generation."""
+
+    run = StringField(required=True)
+    generation = IntField(required=True)
+    name = StringField(required=True)
+    content = PlainField(required=True)
+    meta = {  # noqa: RUF012
+        "collection": "steps",
+        "auto_create_index": False,
+        "indexes": [{"fields": ["run", "generation", "name"], "unique": True}],
+    }
+
+
+class SittingDocument(EmbeddedDocument):
+    """``alcore.types.Sitting``."""
+
+    started = StringField(required=True)
+    host = StringField()
+    versions = PlainField()
+    code_sha256 = StringField()
+    settings_sha256 = StringField()
+    changed = PlainField()
+
+
 class RunDocument(Document):
     """``alcore.types.RunRecord``."""
 
@@ -328,7 +354,7 @@ class RunDocument(Document):
     settings_sha256 = StringField()
     status = StringField(required=True)
     reason = StringField()
-    versions = PlainField()
+    sittings = EmbeddedDocumentListField(SittingDocument)
     started = StringField()
     finished = StringField()
     meta = {  # noqa: RUF012
@@ -364,4 +390,12 @@ class LeaseDocument(Document):
     }
 
 
-DOCUMENTS = (RunDocument, GenerationDocument, BandDocument, LabelDocument, ModelDocument, LeaseDocument)
+DOCUMENTS = (
+    RunDocument,
+    GenerationDocument,
+    BandDocument,
+    StepDocument,
+    LabelDocument,
+    ModelDocument,
+    LeaseDocument,
+)

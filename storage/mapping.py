@@ -30,6 +30,7 @@ EMBEDDED: Mapping[type, type[EmbeddedDocument]] = {
     types.Calibration: documents.CalibrationDocument,
     types.Decision: documents.DecisionDocument,
     types.PathRecord: documents.PathDocument,
+    types.Sitting: documents.SittingDocument,
 }
 TYPES = {document: kind for kind, document in EMBEDDED.items()}
 

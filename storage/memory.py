@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bson import decode, encode
 
@@ -12,7 +13,7 @@ from alcore.errors import StoreError
 from alcore.identity import sha256_hex
 from alcore.types import GenerationRecord, Label, RunRecord
 from storage import mapping
-from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument, encode_plain
+from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument, decode_plain, encode_plain
 from storage.leases import MemoryLeases
 from storage.uris import redact_tree
 
@@ -26,6 +27,7 @@ class MemoryStore(MemoryLeases):
         self._generations: dict[str, dict[int, tuple[bytes, list[bytes]]]] = {}
         self._labels: dict[str, tuple[bytes, set[str]]] = {}
         self._models: dict[str, bytes] = {}
+        self._steps: dict[tuple[str, int, str], bytes] = {}
 
     def load_run(self, name: str) -> RunRecord | None:
         son = self._runs.get(name)
@@ -44,6 +46,8 @@ class MemoryStore(MemoryLeases):
         """Forgets a run with its generations; its labels and models stay. Returns whether there was one."""
         with self._lock:
             self._generations.pop(name, None)
+            for place in [place for place in self._steps if place[0] == name]:
+                del self._steps[place]
             for _, runs in self._labels.values():
                 runs.discard(name)
             return self._runs.pop(name, None) is not None
@@ -63,6 +67,18 @@ class MemoryStore(MemoryLeases):
         stored = encode(mapping.to_son(generation)), [encode(mapping.to_son(band)) for band in bands]
         with self._lock:
             self._generations.setdefault(record.run, {})[record.index] = stored
+
+    def load_step(self, run: str, generation: int, name: str) -> dict[str, Any] | None:
+        son = self._steps.get((run, generation, name))
+        return None if son is None else decode_plain(decode(son)["content"])
+
+    def save_step(self, run: str, generation: int, name: str, content: Mapping[str, Any]) -> None:
+        self._steps[run, generation, name] = encode({"content": encode_plain(content)})
+
+    def forget_steps(self, run: str, generation: int) -> None:
+        with self._lock:
+            for place in [place for place in self._steps if place[0] == run and place[1] <= generation]:
+                del self._steps[place]
 
     def load_labels(self, keys: Sequence[str]) -> dict[str, Label]:
         with self._lock:

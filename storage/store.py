@@ -37,6 +37,8 @@ from storage.documents import (
     LabelDocument,
     LeaseDocument,
     RunDocument,
+    StepDocument,
+    decode_plain,
     encode_plain,
 )
 from storage.files import FileShelf
@@ -185,7 +187,7 @@ class MongoStore:
         """
 
         def work(session: ClientSession | None) -> bool:
-            for kind in (GenerationDocument, BandDocument):
+            for kind in (GenerationDocument, BandDocument, StepDocument):
                 self._collection(kind).delete_many({"run": name}, session=session)
             self._collection(LabelDocument).update_many({"runs": name}, {"$pull": {"runs": name}}, session=session)
             return bool(self._collection(RunDocument).delete_one({"_id": name}, session=session).deleted_count)
@@ -222,6 +224,26 @@ class MongoStore:
             collection.delete_many({**place, "path": {"$nin": paths}}, session=session)
 
         self._atomically(work)
+
+    # steps
+
+    @_guarded
+    def load_step(self, run: str, generation: int, name: str) -> dict[str, Any] | None:
+        son = self._collection(StepDocument).find_one({"run": run, "generation": generation, "name": name})
+        if son is None:
+            return None
+        content: dict[str, Any] = decode_plain(self._inlined(son["content"]))
+        return content
+
+    @_guarded
+    def save_step(self, run: str, generation: int, name: str, content: Mapping[str, Any]) -> None:
+        place = {"run": run, "generation": generation, "name": name}
+        son = place | {"content": self._outlined(encode_plain(content))}
+        self._collection(StepDocument).replace_one(place, son, upsert=True)
+
+    @_guarded
+    def forget_steps(self, run: str, generation: int) -> None:
+        self._collection(StepDocument).delete_many({"run": run, "generation": {"$lte": generation}})
 
     # labels
 

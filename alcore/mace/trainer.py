@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -127,6 +127,16 @@ class MaceTrainer:
         # Never below a third: with a handful of labels a member that ignores one is no member.
         weights = np.maximum(weights / weights.mean(), 1 / 3)
         return fine_tune(model, without_network(surrogate, dataset), self.spec.train, weights=weights, warm=warm)
+
+    def pack_member(self, member: TrainedMember) -> dict[str, Any]:
+        """Weights and what they reached."""
+        values = {f.name: getattr(member, f.name) for f in fields(member) if f.name != "model"}
+        return {**values, "weights": weights_to_bytes(member.model)}
+
+    def unpack_member(self, packed: Mapping[str, Any]) -> TrainedMember:
+        """The member whose weights these are."""
+        values = {name: value for name, value in packed.items() if name != "weights"}
+        return TrainedMember(model=with_weights(self._skeleton(), packed["weights"]), **values)
 
     def finish(
         self,

@@ -323,7 +323,7 @@ def barrier_summary(
         generations=_run_rows(generations),
         paths=paths,
         seconds=_seconds(generations),
-        versions=dict(run.versions),
+        versions=dict(run.sittings[-1].versions) if run.sittings else {},
         started=run.started,
         finished=run.finished,
         **top,

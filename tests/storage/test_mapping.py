@@ -208,10 +208,17 @@ def test_a_generation_comes_back_as_it_went_in(record: types.GenerationRecord) -
     assert_identical(back, record)
 
 
+sittings = st.builds(
+    types.Sitting,
+    started=texts, host=texts, versions=st.dictionaries(texts, texts, max_size=3), code_sha256=keys,
+    settings_sha256=keys, changed=mappings,
+)  # fmt: skip
+
+
 @given(st.builds(
     types.RunRecord,
     name=texts, settings=mappings, settings_sha256=keys, status=st.sampled_from(["running", "converged", "failed"]),
-    reason=texts, versions=st.dictionaries(texts, texts, max_size=3), started=texts, finished=texts,
+    reason=texts, sittings=st.lists(sittings, max_size=2).map(tuple), started=texts, finished=texts,
 ))  # fmt: skip
 def test_a_run_comes_back_as_it_went_in(run: types.RunRecord) -> None:
     assert_identical(mapping.run_from_document(through_bson(RunDocument, mapping.run_to_document(run))), run)

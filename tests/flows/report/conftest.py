@@ -28,6 +28,7 @@ from alcore.types import (
     PathRecord,
     Residual,
     RunRecord,
+    Sitting,
     Structure,
 )
 
@@ -284,7 +285,7 @@ def _make(bands: list[tuple[list[Atoms], float]], name: str, paths: list[str]) -
         settings=_settings(name, paths),
         settings_sha256="d4" * 32,
         status="converged",
-        versions={"al-loop": "0.1.0", "ase": "3.29.0"},
+        sittings=(Sitting(started="2026-11-01T08:00:00+00:00", versions={"al-loop": "0.1.0", "ase": "3.29.0"}),),
         started="2026-01-01T00:00:00+00:00",
         finished="2026-01-01T00:01:00+00:00",
     )
