@@ -1,22 +1,18 @@
 """What lies in MongoDB, as mongoengine documents.
 
 Fields carry the names of the alcore types they hold, so a query reads like the vocabulary:
-``GenerationDocument.objects(paths__error_to_verified_ev__gt=0.01)``. Arrays are compressed npy bytes.
+``GenerationDocument.objects(paths__error_to_verified_ev__gt=0.01)``. Arrays are compressed npy bytes. A field that a
+document lacks gets its default and one that is not known here is left out, so what earlier and later al-loops wrote can
+be read.
 """
 
 from __future__ import annotations
 
-import io
-import zlib
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-from bson import Binary, Int64
 from mongoengine import (
     BooleanField,
     DateTimeField,
-    DictField,
     Document,
     EmbeddedDocument,
     EmbeddedDocumentField,
@@ -27,111 +23,27 @@ from mongoengine import (
     ObjectIdField,
     StringField,
 )
-from mongoengine.base import BaseField
-from numpy.typing import NDArray
+
+from storage.fields import ArrayField, PlainField
 
 SCHEMA_VERSION = 2
 SCHEMA_COLLECTION = "schema"
 BLOB_COLLECTION = "blobs"
-INT64 = 2**63
-ESCAPES = {"%": "%25", ".": "%2E", "$": "%24", "\0": "%00"}
 
 
-def pack_array(array: NDArray[Any]) -> bytes:
-    """Compressed bytes that keep shape, dtype and every bit. Objects are refused with ValueError."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.asarray(array, order="C"), allow_pickle=False)
-    return zlib.compress(buffer.getvalue())
+class Part(EmbeddedDocument):
+    """A part of a document."""
+
+    meta: ClassVar[dict[str, Any]] = {"abstract": True, "strict": False}
 
 
-def unpack_array(packed: bytes) -> NDArray[Any]:
-    """The read-only array that was packed."""
-    array: NDArray[Any] = np.load(io.BytesIO(zlib.decompress(packed)), allow_pickle=False)
-    array.setflags(write=False)
-    return array
+class Kept(Document):
+    """A document with a collection of its own; ``MongoStore`` makes the indexes."""
+
+    meta: ClassVar[dict[str, Any]] = {"abstract": True, "strict": False, "auto_create_index": False}
 
 
-def encode_plain(value: Any) -> Any:
-    """Plain values (what JSON has, plus bytes, numpy scalars and arrays, and ints of any size) as BSON takes them.
-
-    Keys are escaped, so what starts with ``%`` here was never a user's key. Tuples become lists.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | float | str | bytes):
-        return value
-    if isinstance(value, int):
-        return value if -INT64 <= value < INT64 else {"%int": str(value)}
-    if isinstance(value, np.ndarray):
-        return {"%npy": Binary(pack_array(value))}
-    if isinstance(value, list | tuple):
-        return [encode_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise TypeError("only strings can be keys")
-        return {_escape(key): encode_plain(item) for key, item in value.items()}
-    raise TypeError(f"a {type(value).__name__} is no plain value")
-
-
-def decode_plain(value: Any) -> Any:
-    """Undoes ``encode_plain``."""
-    if isinstance(value, list):
-        return [decode_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        if "%int" in value:
-            return int(value["%int"])
-        if "%npy" in value:
-            return unpack_array(value["%npy"])
-        return {_unescape(key): decode_plain(item) for key, item in value.items()}
-    return int(value) if isinstance(value, Int64) else value
-
-
-def _escape(key: str) -> str:
-    return "".join(ESCAPES.get(character, character) for character in key)
-
-
-def _unescape(key: str) -> str:
-    for character, escaped in reversed(ESCAPES.items()):  # "%25" last, or it would make new escapes
-        key = key.replace(escaped, character)
-    return key
-
-
-class ArrayField(BaseField):
-    """A numpy array of any shape and dtype."""
-
-    def to_mongo(self, value: Any) -> Any:
-        return Binary(pack_array(value))
-
-    def to_python(self, value: Any) -> Any:
-        return unpack_array(value) if isinstance(value, bytes) else value
-
-    def validate(self, value: Any) -> None:
-        if not isinstance(value, np.ndarray):
-            self.error("must be a numpy array")
-
-
-class PlainField(BaseField):
-    """A mapping of plain values; its entries can be queried (``surrogate__strategy="multihead"``)."""
-
-    def to_mongo(self, value: Any) -> Any:
-        return encode_plain(value)
-
-    def to_python(self, value: Any) -> Any:
-        return decode_plain(value)
-
-    def validate(self, value: Any) -> None:
-        if not isinstance(value, Mapping):
-            self.error("must be a mapping")
-
-    def lookup_member(self, member_name: str) -> DictField:
-        """How mongoengine finds the entry in a query."""
-        return DictField(db_field=member_name)
-
-
-class StructureDocument(EmbeddedDocument):
+class StructureDocument(Part):
     """``alcore.types.Structure``."""
 
     numbers = ArrayField(required=True)
@@ -143,7 +55,7 @@ class StructureDocument(EmbeddedDocument):
     magnetic_moments = ArrayField()
 
 
-class ExtremumDocument(EmbeddedDocument):
+class ExtremumDocument(Part):
     """``alcore.types.Extremum``."""
 
     kind = StringField(required=True)
@@ -152,7 +64,7 @@ class ExtremumDocument(EmbeddedDocument):
     image = IntField(required=True)
 
 
-class BarrierDocument(EmbeddedDocument):
+class BarrierDocument(Part):
     """``alcore.types.BarrierEstimate``."""
 
     forward_ev = FloatField(required=True)
@@ -166,7 +78,7 @@ class BarrierDocument(EmbeddedDocument):
     extrema = EmbeddedDocumentListField(ExtremumDocument)
 
 
-class ResidualDocument(EmbeddedDocument):
+class ResidualDocument(Part):
     """``alcore.types.Residual``."""
 
     key = StringField(required=True)
@@ -182,7 +94,7 @@ class ResidualDocument(EmbeddedDocument):
     by_lead_ev = PlainField()
 
 
-class CalibrationDocument(EmbeddedDocument):
+class CalibrationDocument(Part):
     """``alcore.types.Calibration``."""
 
     factor = FloatField(required=True)
@@ -190,7 +102,7 @@ class CalibrationDocument(EmbeddedDocument):
     source = StringField(required=True)
 
 
-class DecisionDocument(EmbeddedDocument):
+class DecisionDocument(Part):
     """``alcore.types.Decision``."""
 
     stop = BooleanField(required=True)
@@ -198,7 +110,7 @@ class DecisionDocument(EmbeddedDocument):
     reason = StringField(required=True)
 
 
-class PathDocument(EmbeddedDocument):
+class PathDocument(Part):
     """``alcore.types.PathRecord`` without its band, which is a ``BandDocument`` if ``has_band``."""
 
     path = StringField(required=True)
@@ -221,8 +133,12 @@ class PathDocument(EmbeddedDocument):
     decision = EmbeddedDocumentField(DecisionDocument, required=True)
 
 
-class GenerationDocument(Document):
-    """``alcore.types.GenerationRecord``; ``dataset_size`` is the length of ``label_keys``."""
+class GenerationDocument(Kept):
+    """``alcore.types.GenerationRecord``; ``dataset_size`` is the length of ``label_keys``, ``labels_by_status`` counts
+    all labels so far, as they stood when it was saved.
+
+    Bulky fields (``storage.files.BULKY``) that are long lie in GridFS, with their digest in place.
+    """
 
     run = StringField(required=True)
     index = IntField(required=True)
@@ -234,25 +150,25 @@ class GenerationDocument(Document):
     kinds = PlainField()
     calls_by_kind = PlainField()
     doubts = PlainField()
+    labels_by_status = PlainField()
     calibration = EmbeddedDocumentField(CalibrationDocument, required=True)
     surrogate = PlainField()
     seconds = PlainField()
     sitting = IntField()
     decision = EmbeddedDocumentField(DecisionDocument, required=True)
-    meta = {  # noqa: RUF012 - mongoengine's way
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "generations",
-        "auto_create_index": False,
         "indexes": [
             {"fields": ["run", "index"], "unique": True},
-            "paths.error_to_verified_ev",
-            "paths.error_to_reference_ev",
+            ("paths.error_to_verified_ev", "run"),
+            ("paths.error_to_reference_ev", "run"),
             "decision.code",
-            "label_keys",
+            "paths.label_keys",
         ],
     }
 
 
-class BandDocument(Document):
+class BandDocument(Kept):
     """``alcore.types.Band`` of one path in one generation."""
 
     run = StringField(required=True)
@@ -271,14 +187,13 @@ class BandDocument(Document):
     climbing_image = IntField()
     fmax_ev_per_ang = FloatField()
     n_steps = IntField()
-    meta = {  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "bands",
-        "auto_create_index": False,
         "indexes": [{"fields": ["run", "generation", "path"], "unique": True}, "status"],
     }
 
 
-class LabelDocument(Document):
+class LabelDocument(Kept):
     """``alcore.types.Label`` with its structure, and what one would look for it by.
 
     ``fmax_ev_per_ang`` is the largest force on an atom that may move, ``elements`` the sorted symbols, ``formula`` in
@@ -305,9 +220,8 @@ class LabelDocument(Document):
     fmax_ev_per_ang = FloatField()
     runs = ListField(StringField())
     created = DateTimeField()
-    meta = {  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "labels",
-        "auto_create_index": False,
         "indexes": [
             ("formula", "calculator", "fmax_ev_per_ang"),
             "elements",
@@ -321,21 +235,20 @@ class LabelDocument(Document):
     }
 
 
-class StepDocument(Document):
+class StepDocument(Kept):
     """What one step of a generation that is not finished yet found (``alcore.steps``); it goes with its generation."""
 
     run = StringField(required=True)
     generation = IntField(required=True)
     name = StringField(required=True)
     content = PlainField(required=True)
-    meta = {  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "steps",
-        "auto_create_index": False,
         "indexes": [{"fields": ["run", "generation", "name"], "unique": True}],
     }
 
 
-class SittingDocument(EmbeddedDocument):
+class SittingDocument(Part):
     """``alcore.types.Sitting``."""
 
     started = StringField(required=True)
@@ -346,7 +259,7 @@ class SittingDocument(EmbeddedDocument):
     changed = PlainField()
 
 
-class RunDocument(Document):
+class RunDocument(Kept):
     """``alcore.types.RunRecord``."""
 
     name = StringField(primary_key=True)
@@ -357,14 +270,13 @@ class RunDocument(Document):
     sittings = EmbeddedDocumentListField(SittingDocument)
     started = StringField()
     finished = StringField()
-    meta = {  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "runs",
-        "auto_create_index": False,
         "indexes": ["-started", "status", "settings_sha256"],
     }
 
 
-class ModelDocument(Document):
+class ModelDocument(Kept):
     """A model; ``file`` is the id of its weights in the GridFS bucket of the same name."""
 
     sha256 = StringField(primary_key=True)
@@ -372,10 +284,10 @@ class ModelDocument(Document):
     size_bytes = IntField(required=True)
     description = PlainField()
     created = DateTimeField()
-    meta = {"collection": "models", "auto_create_index": False, "indexes": ["created"]}  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {"collection": "models", "indexes": ["created"]}
 
 
-class LeaseDocument(Document):
+class LeaseDocument(Kept):
     """A name that ``owner`` holds until ``expires`` (the server's clock); ``token`` is new at each taking."""
 
     name = StringField(primary_key=True)
@@ -383,9 +295,8 @@ class LeaseDocument(Document):
     token = StringField(required=True)
     taken = DateTimeField(required=True)
     expires = DateTimeField(required=True)
-    meta = {  # noqa: RUF012
+    meta: ClassVar[dict[str, Any]] = {
         "collection": "leases",
-        "auto_create_index": False,
         "indexes": [{"fields": ["expires"], "expireAfterSeconds": 24 * 3600}],
     }
 

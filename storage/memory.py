@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from bson import decode, encode
@@ -12,10 +13,15 @@ from bson import decode, encode
 from alcore.errors import StoreError
 from alcore.identity import sha256_hex
 from alcore.types import GenerationRecord, Label, RunRecord
-from storage import mapping
-from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument, decode_plain, encode_plain
+from storage import mapping, queries
+from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument
+from storage.fields import decode_plain, encode_plain
 from storage.leases import MemoryLeases
+from storage.provenance import Provenance, provenance_from_rows, rows_of_parts
 from storage.uris import redact_tree
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+"""It has no clock: whatever is not said to be of another time is of this one."""
 
 
 class MemoryStore(MemoryLeases):
@@ -26,7 +32,8 @@ class MemoryStore(MemoryLeases):
         self._runs: dict[str, bytes] = {}
         self._generations: dict[str, dict[int, tuple[bytes, list[bytes]]]] = {}
         self._labels: dict[str, tuple[bytes, set[str]]] = {}
-        self._models: dict[str, bytes] = {}
+        self._dates: dict[str, datetime] = {}
+        self._models: dict[str, tuple[bytes, bytes]] = {}
         self._steps: dict[tuple[str, int, str], bytes] = {}
 
     def load_run(self, name: str) -> RunRecord | None:
@@ -52,6 +59,13 @@ class MemoryStore(MemoryLeases):
                 runs.discard(name)
             return self._runs.pop(name, None) is not None
 
+    def run_rows(self, name: str | None = None) -> list[dict[str, Any]]:
+        """A row a run (only ``name``'s), newest first (``storage.queries``)."""
+        with self._lock:
+            runs = [decode(son) for run, son in self._runs.items() if name in (None, run)]
+            lasts = {run: decode(of_run[max(of_run)][0]) for run, of_run in self._generations.items() if of_run}
+        return queries.rows_from_sons(runs, lasts)
+
     def load_generations(self, run: str) -> list[GenerationRecord]:
         with self._lock:
             stored = sorted(self._generations.get(run, {}).items())
@@ -64,9 +78,21 @@ class MemoryStore(MemoryLeases):
 
     def save_generation(self, record: GenerationRecord) -> None:
         generation, bands = mapping.generation_to_documents(record)
-        stored = encode(mapping.to_son(generation)), [encode(mapping.to_son(band)) for band in bands]
         with self._lock:
+            statuses = {key: decode(son)["status"] for key, (son, _) in self._labels.items()}
+            son = mapping.to_son(generation)
+            son["labels_by_status"] = queries.count_labels(son, statuses)
+            stored = encode(son), [encode(mapping.to_son(band)) for band in bands]
             self._generations.setdefault(record.run, {})[record.index] = stored
+
+    def generation_indices(self, run: str) -> list[int]:
+        """In order."""
+        with self._lock:
+            return sorted(self._generations.get(run, {}))
+
+    def load_generation(self, run: str, index: int) -> GenerationRecord | None:
+        """One of ``load_generations``."""
+        return next((record for record in self.load_generations(run) if record.index == index), None)
 
     def load_step(self, run: str, generation: int, name: str) -> dict[str, Any] | None:
         son = self._steps.get((run, generation, name))
@@ -74,6 +100,11 @@ class MemoryStore(MemoryLeases):
 
     def save_step(self, run: str, generation: int, name: str, content: Mapping[str, Any]) -> None:
         self._steps[run, generation, name] = encode({"content": encode_plain(content)})
+
+    def step_places(self, run: str) -> list[tuple[int, str]]:
+        """Generation and name of every step that is remembered, in order."""
+        with self._lock:
+            return sorted((generation, name) for owner, generation, name in self._steps if owner == run)
 
     def forget_steps(self, run: str, generation: int) -> None:
         with self._lock:
@@ -87,11 +118,12 @@ class MemoryStore(MemoryLeases):
             key: mapping.label_from_document(mapping.from_son(LabelDocument, decode(son))) for key, son in sons.items()
         }
 
-    def save_label(self, label: Label, run: str = "") -> None:
+    def save_label(self, label: Label, run: str = "", created: datetime | None = None) -> None:
         """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept."""
         son = encode(mapping.to_son(mapping.label_to_document(label)))
         with self._lock:
             kept, runs = self._labels.get(label.key, (son, set()))
+            self._dates.setdefault(label.key, created or EPOCH)
             if run:
                 runs.add(run)
             self._labels[label.key] = (kept if decode(kept)["status"] == "ok" else son, runs)
@@ -102,20 +134,45 @@ class MemoryStore(MemoryLeases):
             stored = [decode(son)["status"] for son, runs in self._labels.values() if run is None or run in runs]
         return dict(sorted(Counter(stored).items()))
 
+    def label_dates(self, run: str) -> dict[str, datetime]:
+        """When each label that ``run`` asked for, or was given, was first stored, by key; it has no clock."""
+        with self._lock:
+            return {key: self._dates[key] for key in sorted(self._labels) if run in self._labels[key][1]}
+
+    def provenance(self, run: str, generation: int | None = None) -> Provenance | None:
+        """Where the barriers of ``generation`` (None: the last) came from; None without such a run."""
+        with self._lock:
+            runs = {name: decode(son) for name, son in self._runs.items()}
+            generations = [decode(son) for _, (son, _) in sorted(self._generations.get(run, {}).items())]
+            labels = {
+                key: {**decode(son), "runs": sorted(runs), "created": self._dates[key]}
+                for key, (son, runs) in self._labels.items()
+            }
+            models = {
+                sha256: {"_id": sha256, "size_bytes": len(data), "description": decode(description)}
+                for sha256, (data, description) in self._models.items()
+            }
+        parts = {"runs": runs, "labels": labels, "models": models}
+        return provenance_from_rows(rows_of_parts(run, generation, generations=generations, **parts))
+
     def save_model(self, weights: bytes, description: dict[str, object]) -> str:
         try:
-            encode_plain(description)
+            described = encode(encode_plain(description))
         except TypeError as error:
             raise StoreError(f"cannot be stored: {error}", where="description of a model") from error
         sha256 = sha256_hex(weights)
-        self._models.setdefault(sha256, bytes(weights))
+        self._models.setdefault(sha256, (bytes(weights), described))
         return sha256
 
     def load_model(self, sha256: str) -> bytes:
         try:
-            return self._models[sha256]
+            return self._models[sha256][0]
         except KeyError:
             raise StoreError(f"nothing with sha256 {sha256!r} is stored", where="models") from None
+
+    def describe_model(self, sha256: str) -> dict[str, Any] | None:
+        """What was stored with the model of that id; None if there is none."""
+        return decode_plain(decode(self._models[sha256][1])) if sha256 in self._models else None
 
     def close(self) -> None:
         """Nothing to do: what it remembers goes with it."""

@@ -9,52 +9,55 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from bson import Binary
+import pymongo
+from bson.errors import BSONError
 from mongoengine import Document
 from mongoengine.queryset import QuerySet
-from pymongo import IndexModel, MongoClient
+from pymongo import MongoClient, ReadPreference
 from pymongo.client_session import ClientSession
+from pymongo.database import Database
 from pymongo.errors import (
     ConfigurationError,
-    ConnectionFailure,
     DuplicateKeyError,
     InvalidName,
     InvalidURI,
-    OperationFailure,
     PyMongoError,
 )
 
 from alcore.errors import StoreError
 from alcore.types import GenerationRecord, Label, RunRecord
-from storage import mapping
+from storage import mapping, queries
 from storage.documents import (
     BLOB_COLLECTION,
-    DOCUMENTS,
-    SCHEMA_COLLECTION,
-    SCHEMA_VERSION,
     BandDocument,
     GenerationDocument,
     LabelDocument,
     LeaseDocument,
+    ModelDocument,
     RunDocument,
     StepDocument,
-    decode_plain,
-    encode_plain,
 )
-from storage.files import FileShelf
+from storage.faults import store_error
+from storage.fields import decode_plain, encode_plain
+from storage.files import FileShelf, inlined, outlined
 from storage.leases import MongoLeases
+from storage.migrations import bring_up_to_date, make_indexes
 from storage.mongod import ensure_mongod
+from storage.provenance import Provenance, provenance_from_rows, provenance_stages
 from storage.uris import address, redact_tree, redact_uri
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 UNREACHABLE_MS = 4000
-BLOB_BYTES = 128 * 1024
-"""Arrays above this go to GridFS, so that no document comes near MongoDB's limit of 16 MB."""
+HUNG_MS = 30_000
+"""A server that says nothing for so long in the middle of a command hangs; one that merely is slow must not fail."""
+HEARTBEAT_MS = 5_000
+ATOMIC_S = 60.0
+"""The driver alone would try a transaction again and again for two minutes."""
+PREPARE_S = 3600.0
+"""Building an index on many documents takes its time."""
 KEYS_PER_QUERY = 5000
-INDEX_OPTIONS = ("unique", "expireAfterSeconds")
-ACCESS_CODES = {13, 18, 8000}  # unauthorized, authentication failed, the same at Atlas
 
 
 def open_store(uri: str | None, data_dir: Path, database: str = "al_loop") -> MongoStore:
@@ -80,19 +83,11 @@ def _guarded(
         try:
             return method(self, *args, **kwargs)
         except PyMongoError as error:
-            raise _store_error(error, self.address) from error
+            raise store_error(error, self.address) from error
+        except BSONError as error:
+            raise StoreError(f"cannot be stored: {error}", where=self.address) from error
 
     return guarded  # type: ignore[return-value]  # self may be passed by name there: nobody does
-
-
-def _store_error(error: PyMongoError, where: str) -> StoreError:
-    if isinstance(error, OperationFailure) and error.code in ACCESS_CODES:
-        return StoreError("MongoDB refuses this user", where=where, mend="check user, password and authSource")
-    if isinstance(error, ConnectionFailure):
-        cause = redact_uri(str(error)).split(" (configured")[0].split(", Timeout")[0]
-        mend = "is it running, and is store.mongodb_uri right? null means the embedded one"
-        return StoreError(f"MongoDB cannot be reached: {cause}", where=where, mend=mend)
-    return StoreError(f"MongoDB says: {redact_uri(str(error)).splitlines()[0]}", where=where)
 
 
 class MongoStore:
@@ -117,6 +112,8 @@ class MongoStore:
                 uri,
                 serverSelectionTimeoutMS=UNREACHABLE_MS,
                 connectTimeoutMS=UNREACHABLE_MS,
+                socketTimeoutMS=HUNG_MS,
+                heartbeatFrequencyMS=HEARTBEAT_MS,
                 w="majority",
                 journal=True,  # acknowledged is on disk
                 appname="al-loop",
@@ -139,26 +136,31 @@ class MongoStore:
 
     @_guarded
     def _prepare(self) -> None:
-        """Checks the schema version and makes the indexes."""
-        hello = self._client.admin.command("hello")
+        """Brings an older schema up to date and makes the indexes."""
+        hello = self._client.admin.command("hello")  # first: nobody waits an hour for a server that is not there
         self._has_transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
-        schema = self._database[SCHEMA_COLLECTION]
-        schema.update_one({"_id": "al_loop"}, {"$setOnInsert": {"version": SCHEMA_VERSION}}, upsert=True)
-        stored = (schema.find_one({"_id": "al_loop"}) or {})["version"]
-        if stored > SCHEMA_VERSION:
-            raise StoreError(
-                f"database {self._database.name} has schema version {stored}, this al-loop knows {SCHEMA_VERSION}",
-                where=self.address,
-                mend="update al-loop, or use another database",
-            )
-        for document in DOCUMENTS:
-            specs = document._meta["index_specs"]
-            indexes = [IndexModel(spec["fields"], **{k: spec[k] for k in INDEX_OPTIONS if k in spec}) for spec in specs]
-            self._collection(document).create_indexes(indexes)
+        with pymongo.timeout(PREPARE_S):
+            bring_up_to_date(self._database, self._leases, self.address)
+            make_indexes(self._database)
+
+    @_guarded
+    def ping(self) -> None:
+        """Returns if the server answers and takes writes.
+
+        Raises:
+            StoreUnreachableError: not now.
+        """
+        with pymongo.timeout(UNREACHABLE_MS / 1000):
+            self._client.admin.command("ping", read_preference=ReadPreference.PRIMARY)
 
     def query(self, kind: type[Document], **filters: Any) -> Any:
         """mongoengine's query set over this very store (``kind.objects`` needs a global connection)."""
         return QuerySet(kind, self._collection(kind))(**filters)
+
+    @_guarded
+    def ask(self, question: Callable[[Database[Any]], R]) -> R:
+        """What ``storage.queries`` and ``storage.garbage`` ask."""
+        return question(self._database)
 
     # runs
 
@@ -197,6 +199,11 @@ class MongoStore:
     # generations
 
     @_guarded
+    def run_rows(self, name: str | None = None) -> list[dict[str, Any]]:
+        """A row a run (only ``name``'s), newest first (``storage.queries``)."""
+        return queries.run_rows(self._database, name)
+
+    @_guarded
     def load_generations(self, run: str) -> list[GenerationRecord]:
         bands: dict[int, dict[str, BandDocument]] = {}
         generations = list(self._collection(GenerationDocument).find({"run": run}).sort("index", 1))
@@ -209,7 +216,7 @@ class MongoStore:
     def save_generation(self, record: GenerationRecord) -> None:
         """All of it or nothing; on a server without transactions bands come first, the generation makes them count."""
         generation, bands = mapping.generation_to_documents(record)
-        generation_son = self._outlined(mapping.to_son(generation))
+        generation_son = self._outlined(queries.with_label_counts(self._database, mapping.to_son(generation)))
         band_sons = [self._outlined(mapping.to_son(band)) for band in bands]
         paths = [son["path"] for son in band_sons]
         place = {"run": record.run, "generation": record.index}
@@ -258,13 +265,16 @@ class MongoStore:
         return {key: labels[key] for key in wanted if key in labels}
 
     @_guarded
-    def save_label(self, label: Label, run: str = "") -> None:
-        """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept."""
+    def save_label(self, label: Label, run: str = "", created: datetime | None = None) -> None:
+        """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept.
+
+        ``created`` (UTC; None: now) is when it was first stored, anywhere; of one that is here already it changes
+        nothing."""
         son = self._outlined(mapping.to_son(mapping.label_to_document(label)))
         key = son.pop("_id")
         son.pop("runs")
         absent = {name: "" for name in LabelDocument._fields if name not in {*son, "key", "runs", "created"}}
-        update: dict[str, Any] = {"$set": son, "$unset": absent, "$setOnInsert": {"created": self._now()}}
+        update: dict[str, Any] = {"$set": son, "$unset": absent, "$setOnInsert": {"created": created or self._now()}}
         joined = {"$addToSet": {"runs": run}} if run else {}
         if not run:
             update["$setOnInsert"]["runs"] = []
@@ -301,6 +311,49 @@ class MongoStore:
     def load_model(self, sha256: str) -> bytes:
         return self._models.get(sha256)
 
+    @_guarded
+    def describe_model(self, sha256: str) -> dict[str, Any] | None:
+        """What was stored with the model of that id; None if there is none."""
+        son = self._collection(ModelDocument).find_one({"_id": sha256}, {"description": 1})
+        return None if son is None else decode_plain(son.get("description", {}))
+
+    # what a run consists of
+
+    @_guarded
+    def provenance(self, run: str, generation: int | None = None) -> Provenance | None:
+        """Where the barriers of ``generation`` (None: the last) came from, in one query; None without such a run."""
+        rows = self._collection(RunDocument).aggregate(provenance_stages(run, generation))
+        return provenance_from_rows(self._inlined(row) for row in rows)
+
+    @_guarded
+    def generation_indices(self, run: str) -> list[int]:
+        """In order."""
+        sons = self._collection(GenerationDocument).find({"run": run}, {"_id": 0, "index": 1}).sort("index", 1)
+        return [int(son["index"]) for son in sons]
+
+    @_guarded
+    def load_generation(self, run: str, index: int) -> GenerationRecord | None:
+        """One of ``load_generations``."""
+        son = self._collection(GenerationDocument).find_one({"run": run, "index": index})
+        if son is None:
+            return None
+        sons = self._collection(BandDocument).find({"run": run, "generation": index})
+        bands = [mapping.from_son(BandDocument, self._inlined(band)) for band in sons]
+        document = mapping.from_son(GenerationDocument, self._inlined(son))
+        return mapping.generation_from_documents(document, {band.path: band for band in bands})
+
+    @_guarded
+    def label_dates(self, run: str) -> dict[str, datetime]:
+        """When each label that ``run`` asked for, or was given, was first stored (UTC), by key."""
+        sons = self._collection(LabelDocument).find({"runs": run}, {"created": 1}).sort("_id", 1)
+        return {son["_id"]: son["created"] for son in sons}
+
+    @_guarded
+    def step_places(self, run: str) -> list[tuple[int, str]]:
+        """Generation and name of every step that is remembered, in order."""
+        sons = self._collection(StepDocument).find({"run": run}, {"generation": 1, "name": 1})
+        return sorted((int(son["generation"]), str(son["name"])) for son in sons)
+
     # leases
 
     @_guarded
@@ -332,25 +385,13 @@ class MongoStore:
         """Does ``work`` in a transaction where the server has them (a stand-alone one has not)."""
         if not self._has_transactions:
             return work(None)
-        with self._client.start_session() as session:
+        with pymongo.timeout(ATOMIC_S), self._client.start_session() as session:
             return session.with_transaction(work)
 
-    def _outlined(self, value: Any) -> Any:
-        """``value`` with its large arrays in GridFS; no user's key starts with ``%`` (see ``encode_plain``)."""
-        if isinstance(value, bytes) and len(value) > BLOB_BYTES:
-            return {"%blob": self._blobs.put(value, {})}
-        if isinstance(value, Mapping):
-            return {key: self._outlined(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._outlined(item) for item in value]
-        return value
+    def _outlined(self, son: Any) -> Any:
+        """``son`` with what is large in it in GridFS."""
+        return outlined(son, lambda data: self._blobs.put(data, {}))
 
-    def _inlined(self, value: Any) -> Any:
+    def _inlined(self, son: Any) -> Any:
         """Undoes ``_outlined``."""
-        if isinstance(value, Mapping):
-            if "%blob" in value:
-                return Binary(self._blobs.get(value["%blob"]))
-            return {key: self._inlined(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._inlined(item) for item in value]
-        return value
+        return inlined(son, self._blobs.get)

@@ -14,7 +14,7 @@ from rich.console import Console
 from alcore.errors import InputError
 
 if TYPE_CHECKING:
-    from storage.store import MongoStore
+    from storage.durable import DurableStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,20 @@ class Output:
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
-RunName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name.")]
+
+
+def checked_name(name: str | None) -> str | None:
+    """A name that can be a run's, or none.
+
+    Raises:
+        InputError: one that cannot, before it is used in a path or a message.
+    """
+    from flows.settings import checked_name as checked
+
+    return None if name is None else checked(name)
+
+
+RunName = Annotated[str, typer.Argument(metavar="NAME", help="The run's name.", callback=checked_name)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. neb.n_images=9; may be repeated."),
@@ -48,7 +61,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def opened_store(mongodb_uri: str | None) -> Iterator[MongoStore]:
+def opened_store(mongodb_uri: str | None) -> Iterator[DurableStore]:
     """The store at the address, closed in the end.
 
     Raises:
@@ -65,3 +78,20 @@ def opened_store(mongodb_uri: str | None) -> Iterator[MongoStore]:
         yield store
     finally:
         store.close()
+
+
+def waiting_lines(mongodb_uri: str | None) -> list[str]:
+    """What lies on disk for the database at the address, for a person; asks no database."""
+    from flows import environment
+    from storage.durable import spool_folder
+    from storage.spool import Spool
+
+    spool = Spool(spool_folder(mongodb_uri or environment.mongodb_uri_from_env(), environment.data_dir()))
+    lines, waiting, aside = [], spool.count(), spool.count_aside()
+    if waiting:
+        lines.append(
+            f"{waiting} write{'s wait' if waiting != 1 else ' waits'} for the database on disk in {spool.folder}"
+        )
+    if aside:
+        lines.append(f"{aside} write{'s' if aside != 1 else ''} that could not be delivered kept in {spool.folder}")
+    return lines

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import socket
 import subprocess
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +22,12 @@ from pymongo import MongoClient
 
 from alcore import types
 from alcore.identity import label_key
+from storage import courier
+from storage import store as mongo
+from storage.durable import DurableStore
 from storage.memory import MemoryStore
 from storage.mongod import ensure_mongod, find_mongod, stop_mongod
+from storage.spool import Spool
 from storage.store import MongoStore
 
 Store = MongoStore | MemoryStore
@@ -176,3 +184,131 @@ def records() -> SimpleNamespace:
     """Makers of small records with plausible numbers."""
     makers = {"structure": make_structure, "label": make_label, "band": make_band, "generation": make_generation}
     return SimpleNamespace(**makers, run=make_run)
+
+
+PATIENCE_S = 60.0
+
+
+def _wait(happened: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if happened():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def wait() -> Callable[[Callable[[], object]], bool]:
+    """Whether something happens before patience ends."""
+    return _wait
+
+
+class Relay:
+    """A TCP relay to the server: cut, it is a database that is away, at once and as often as one likes."""
+
+    def __init__(self, uri: str) -> None:
+        place = re.search(r"127\.0\.0\.1:(\d+)", uri)
+        assert place is not None
+        self.target, self.open = int(place[1]), True
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.uri = f"{uri[: place.start()]}127.0.0.1:{self.port}/?directConnection=true"
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if not self.open:
+                    near.close()
+                    continue
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self._ends += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        self.open = False
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._ends.clear()
+
+    def mend(self) -> None:
+        self.open = True
+
+    def close(self) -> None:
+        self.cut()
+        self._listener.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, sooner."""
+    for module, name, value in [
+        (courier, "RETRY_S", 0.1),
+        (courier, "SETTLE_S", 0.1),
+        (courier, "REVIVE_EVERY_S", (0.2, 1.0)),
+        (mongo, "UNREACHABLE_MS", 300),
+        (mongo, "HUNG_MS", 1500),
+        (mongo, "HEARTBEAT_MS", 500),
+    ]:
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def relay(embedded_uri: str) -> Iterator[Relay]:
+    opened = Relay(embedded_uri)
+    yield opened
+    opened.close()
+
+
+@contextmanager
+def new_database(uri: str) -> Iterator[MongoStore]:
+    opened = MongoStore(uri, f"test_{uuid.uuid4().hex}")
+    yield opened
+    opened.close()
+    with MongoClient(uri) as client:
+        client.drop_database(opened._database.name)
+
+
+@pytest.fixture
+def there(embedded_uri: str) -> Iterator[MongoStore]:
+    """What is really in the database, of this test's own."""
+    with new_database(embedded_uri) as opened:
+        yield opened
+
+
+@pytest.fixture
+def plain(embedded_uri: str) -> Iterator[MongoStore]:
+    """A database that is never away."""
+    with new_database(embedded_uri) as opened:
+        yield opened
+
+
+@pytest.fixture
+def kit(quick: None, relay: Relay, there: MongoStore, tmp_path: Path) -> Iterator[SimpleNamespace]:
+    """A durable store behind the relay, the lines it told, and a maker of others like it."""
+    told: list[str] = []
+    opened: list[DurableStore] = []
+
+    def make() -> DurableStore:
+        mongo = MongoStore(relay.uri, there._database.name)
+        opened.append(DurableStore(mongo, Spool(tmp_path / "spool", told.append), log=told.append))
+        return opened[-1]
+
+    yield SimpleNamespace(store=make(), make=make, told=told, relay=relay, there=there)
+    relay.mend()
+    for each in opened:
+        each.close()

@@ -21,11 +21,8 @@ from storage.documents import (
     GenerationDocument,
     LabelDocument,
     RunDocument,
-    decode_plain,
-    encode_plain,
-    pack_array,
-    unpack_array,
 )
+from storage.fields import decode_plain, encode_plain, pack_array, unpack_array
 
 floats = st.floats()  # inf, nan and -0.0 too
 optional_floats = st.none() | floats
