@@ -7,30 +7,18 @@ limit; a pool is what calculations share: the cores of a machine, or a queueing 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from contextlib import contextmanager
 
-import psutil
-
-from alcore.errors import StoreError
 from alcore.protocols import LeaseStore
 from alcore.types import Label, LabelRequest
 from calculators.labeling import ExecutorLabeler, PoolClosedError, label_each
-from flows import environment, processes
+from flows.leases import LEASE_S, TELL_EVERY_S, Held, LeaseKeeper, Waiting, read_owner
 
-LEASE_S = 60.0
-RENEWALS_A_LEASE = 4
-RETRY_S = 2.0
-"""After a renewal that failed, the next try comes so soon."""
-PAUSES_S = (0.05, 1.0)
-"""How long to wait before asking again for a slot: first, and at most."""
-TELL_AFTER_S, TELL_EVERY_S = 1.0, 60.0
+SETTLE_S = 0.2
+"""A signal to all processes at once, as a cluster sends, may end a calculation just before this process hears of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +35,9 @@ class BoundedLabeler:
         lease_s: a lease runs out so long after its owner died; it is renewed four times as often.
         run: who holds them, for a person who waits.
         log: takes lines for a person; None: the module's logger.
+
+    Attributes:
+        closed: set as soon as ``close`` is called.
     """
 
     def __init__(
@@ -62,17 +53,15 @@ class BoundedLabeler:
         log: Callable[[str], None] | None = None,
     ) -> None:
         self.pool, self.limit = pool, limit
-        self._labeler, self._leases, self._lease_s, self._run = labeler, leases, lease_s, run
+        self.closed = threading.Event()
+        self._labeler, self._run = labeler, run
+        self._keeper = LeaseKeeper(leases, run=run, lease_s=lease_s)
         self._log = log or logger.warning
         self._prefix = f"label-slot/{pool}/"
         self._names = [f"{self._prefix}{k}" for k in range(limit)]
         self._workers = min(workers, limit)
         self._free_worker = threading.Semaphore(self._workers)
         self._turn = threading.Lock()  # one thread of this labeler asks the store at a time
-        self._lock = threading.Lock()
-        self._held: dict[str, str] = {}
-        self._heart: threading.Thread | None = None
-        self._closed = threading.Event()
         self._told = float("-inf")
 
     @property
@@ -86,7 +75,7 @@ class BoundedLabeler:
     @property
     def running(self) -> int:
         """Labels of this labeler that are being computed now."""
-        return len(self._held)
+        return self._keeper.n_held
 
     def label(self, requests: Sequence[LabelRequest], on_done: Callable[[Label], None] | None = None) -> list[Label]:
         """As ``ExecutorLabeler.label``, each as soon as there is a slot for it.
@@ -103,119 +92,46 @@ class BoundedLabeler:
 
     def close(self) -> None:
         """End what runs, and what waits for a slot; no lease is left. May be called twice."""
-        self._closed.set()
+        self.closed.set()
         try:
             self._labeler.close()
         finally:
-            if self._heart is not None:
-                self._heart.join(timeout=5)
-            for name, owner in self._holding():
-                self._give_back(name, owner)
+            self._keeper.close()
 
     def _label_one(self, request: LabelRequest) -> Label:
         with self._free_worker, self._slot():
             (label,) = self._labeler.label([request])
-            return label
+        if not label.ok and self.closed.wait(SETTLE_S):
+            raise PoolClosedError("labelling was stopped: a calculation that ended so has not failed")
+        return label
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
-        owner = _owner(self._run)
-        name = self._take(owner)
-        with self._lock:
-            self._held[name] = owner
-            if self._heart is None:
-                self._heart = threading.Thread(target=self._beat, name="label-leases", daemon=True)
-                self._heart.start()
+        held = self._take()
         try:
             yield
         finally:
-            self._give_back(name, owner)
+            self._keeper.give_back(held)
 
-    def _take(self, owner: str) -> str:
-        """Waits for a slot; its name."""
+    def _take(self) -> Held:
+        """Waits for a slot."""
         with self._turn:
-            began, pause = time.monotonic(), PAUSES_S[0]
-            while not self._closed.is_set():
-                if name := self._leases.take_lease(self._names, owner, self._lease_s):
-                    return name
-                held = self._leases.held_leases(self._prefix)
-                if not self._bury(held):
-                    self._tell(held, began)
-                    self._closed.wait(pause)
-                    pause = min(1.5 * pause, PAUSES_S[1])
+            waiting = Waiting(
+                self._keeper, self._names, prefix=self._prefix, stop=self.closed, tell=self._tell, log=self._log
+            )
+            while not self.closed.is_set():
+                if (held := waiting.turn()) is not None:
+                    return held
         raise PoolClosedError("labelling was stopped: the workers were closed")
 
-    def _bury(self, held: Mapping[str, str]) -> bool:
-        """Free at once what dead processes of this machine hold, as after a kill; whether there was any."""
-        dead = [(name, owner) for name, owner in held.items() if _is_dead(owner)]
-        for name, owner in dead:
-            self._leases.release_lease(name, owner)
-        return bool(dead)
-
-    def _tell(self, held: Mapping[str, str], began: float) -> None:
+    def _tell(self, held: Mapping[str, str]) -> None:
         now = time.monotonic()
-        if now - began < TELL_AFTER_S or now - self._told < TELL_EVERY_S or len(held) < self.limit:
-            return
+        if now - self._told < TELL_EVERY_S:
+            return  # another thread has told so
         self._told = now
-        mine = {owner for _, owner in self._holding()}
-        others = [owner for owner in held.values() if owner not in mine]
-        runs = ", ".join(sorted({owner.split("|", 5)[-1] for owner in others} - {""}))
+        mine = {one.owner for one in self._keeper.holding()}
+        others = [read_owner(owner) for owner in held.values() if owner not in mine]
+        runs = ", ".join(sorted({owner.run for owner in others if owner is not None} - {""}))
         what = "1 label of other runs is" if len(others) == 1 else f"{len(others)} labels of other runs are"
         who = f" ({runs})" if runs else ""
         self._log(f"waits: {what} being computed{who}, at most {self.limit} at once in {self.pool}")
-
-    def _holding(self) -> list[tuple[str, str]]:
-        with self._lock:
-            return list(self._held.items())
-
-    def _give_back(self, name: str, owner: str) -> None:
-        with self._lock:
-            if self._held.get(name) != owner:
-                return  # done already, or lost
-            del self._held[name]
-        try:
-            self._leases.release_lease(name, owner)
-        except StoreError as error:  # it runs out by itself; the label is what counts
-            logger.info("the lease %s is not released: %s", name, error)
-
-    def _beat(self) -> None:
-        """Renews what is held. What fails is tried again: a store that is away must not end a calculation."""
-        pause = self._lease_s / RENEWALS_A_LEASE
-        wait = pause
-        while not self._closed.wait(wait):
-            wait = pause
-            for name, owner in self._holding():
-                try:
-                    kept = self._leases.renew_lease(name, owner, self._lease_s)
-                except StoreError as error:
-                    logger.info("the lease %s is not renewed: %s", name, error)
-                    wait = min(pause, RETRY_S)
-                    continue
-                with self._lock:
-                    if not kept and self._held.get(name) == owner:  # the store was away for longer than a lease
-                        del self._held[name]
-                        logger.warning("the lease %s was lost; its calculation goes on", name)
-
-
-@cache
-def _machine() -> str:
-    """What a pid is unique in: this boot of this machine and, in containers, this pid namespace; "" if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _owner(run: str) -> str:
-    """Who holds a lease: unique, and enough to see whether the process still lives. The run comes last."""
-    created = psutil.Process().create_time()
-    return f"{uuid.uuid4().hex}|{environment.host()}|{_machine()}|{os.getpid()}|{created:.2f}|{run}"
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this very machine that is no more; False where that cannot be known."""
-    with suppress(ValueError):
-        _, _, machine, pid, created, _ = owner.split("|", 5)
-        return bool(machine) and machine == _machine() and processes.find({"pid": pid, "created": created}) is None
-    return False

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from alcore.errors import InputError
-from alcore.protocols import RecordStore
 from alcore.types import EndpointPair, Label
 from flows import environment, wiring
-from flows.session import earlier_run, open_record_store
+from flows.earlier import change_lines, earlier_run, plain_settings
+from flows.one_process import at_work, refuse_busy
+from flows.session import open_record_store
 from flows.settings import ExecutorSettings, RunSettings
+from flows.sittings import new_sitting
 
 if TYPE_CHECKING:
     from calculators.base import ResolvedCalculator
+    from storage.durable import DurableStore
 
 T = TypeVar("T")
 
@@ -62,14 +65,15 @@ def check_run(settings: RunSettings) -> CheckReport:
     store = report.ask(lambda: open_record_store(settings.store))
     if store is not None:
         with closing(store):
+            report.ask(lambda: refuse_busy(store, settings.name))
             if resolved is not None and len(pairs) == len(settings.paths):
                 history = report.ask(lambda: _history(settings, store, pairs, resolved))
     if report.problems:
         return report
-    assert resolved is not None and prior is not None
+    assert resolved is not None and prior is not None and history is not None
     report.lines += [_pair_line(pair) for pair in pairs]
     report.lines += _plan(settings, resolved, prior, len(given))
-    report.lines.append(f"run         {settings.name}: {history}")
+    report.lines += history
     return report
 
 
@@ -117,14 +121,18 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _history(settings: RunSettings, store: RecordStore, pairs: list[EndpointPair], resolved: ResolvedCalculator) -> str:
+def _history(
+    settings: RunSettings, store: DurableStore, pairs: list[EndpointPair], resolved: ResolvedCalculator
+) -> list[str]:
     run = earlier_run(settings, store, pairs, resolved)
     if run is None:
-        return "new"
+        return [f"run         {settings.name}: new"]
     done = len(store.load_generations(settings.name))
-    return (
-        f"exists ({run.status}), goes on after generation {done - 1}" if done else f"exists ({run.status}), begins anew"
-    )
+    who = at_work(store, settings.name)
+    state = run.status if run.status != "running" else "abandoned" if who is None else f"running: {who}"
+    then = f"goes on after generation {done - 1}" if done else "begins anew"
+    changed = change_lines(new_sitting(plain_settings(settings), run))
+    return [f"run         {settings.name}: exists ({state}), {then}", *(f"changed     {line}" for line in changed)]
 
 
 def _pair_line(pair: EndpointPair) -> str:

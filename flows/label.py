@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -17,20 +18,25 @@ from rich.text import Text
 from alcore.errors import InputError
 from alcore.files import read_file
 from alcore.identity import label_key
-from alcore.protocols import Labeler, RecordStore
+from alcore.protocols import RecordStore
 from alcore.types import Candidate, Label, LabelRequest, Structure
 from alcore.vetting import believed, vet
+from calculators.labeling import label_each
 from flows import environment, wiring
+from flows.claims import LabelClaims
 from flows.export import labelled_atoms
+from flows.leases import LeaseKeeper
 from flows.runfile import RunFileErrors, apply_override, load_run_file, read_section
 from flows.settings import PYIRON_KEYS, ExecutorSettings
+from flows.signals import signals_call, terminable
 
 if TYPE_CHECKING:
     from ase import Atoms
     from rich.console import Console
 
     from calculators.base import ResolvedCalculator
-    from storage.store import MongoStore
+    from flows.bounded import BoundedLabeler
+    from storage.durable import DurableStore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -162,7 +168,7 @@ def _charge(frame: Atoms, where: str) -> float:
         raise InputError(f"the charge {given!r} is no number", where=where, mend="give it in e") from None
 
 
-def run_job(job: LabelJob, store: MongoStore, console: Console, *, quiet: bool = False) -> int:
+def run_job(job: LabelJob, store: DurableStore, console: Console, *, quiet: bool = False) -> int:
     """Label what the store does not hold yet, write the file, say what came of it; the exit code.
 
     Raises:
@@ -170,22 +176,30 @@ def run_job(job: LabelJob, store: MongoStore, console: Console, *, quiet: bool =
     """
     keys = job.keys
     labels = {key: label for key, label in store.load_labels(keys).items() if label.ok}
-    n_known = len(labels)
+    computed: set[str] = set()
     wanted = [request for request in _requests(job) if request.key not in labels]
     if wanted:
         folder = environment.data_dir() / "calculations" / f"label-{job.resolved.name}-{job.resolved.fingerprint[:12]}"
         with _progress(job, len(wanted), console, quiet) as (tell, say):
-            labeler = wiring.open_labeler(
-                job.executor, job.resolved, store, folder, run=f"al-loop label {job.source}", log=say
-            )
-            with closing(labeler):
-                labels |= _compute(wanted, labels, labeler, store, tell)
+            what = f"al-loop label {job.source}"
+            labeler = wiring.open_labeler(job.executor, job.resolved, store, folder, run=what, log=say)
+
+            def end() -> None:
+                labeler.closed.set()
+                store.stop_waiting()
+                labeler.close()
+
+            with closing(LeaseKeeper(store, run=what)) as keeper, closing(labeler), terminable(), signals_call(end):
+                claims = LabelClaims(keeper, store, stop=labeler.closed, log=say)
+                work = _Work(wanted, labeler, claims, store)
+                labels |= work.done(labels, tell, workers=job.executor.workers)
+                computed = work.computed
     labels = vetted(labels)
     write_labels(job, labels)
     for line in _failures(job, labels):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not quiet:
-        console.print(_summary(job, labels, n_known))
+        console.print(_summary(job, labels, len(computed)))
     return 0 if all(label.ok for label in labels.values()) else 1
 
 
@@ -200,29 +214,49 @@ def _requests(job: LabelJob) -> list[LabelRequest]:
     ]
 
 
-def _compute(
-    requests: Sequence[LabelRequest],
-    known: Mapping[str, Label],
-    labeler: Labeler,
-    store: RecordStore,
-    tell: Callable[[Label], None],
-) -> dict[str, Label]:
-    """Each is stored as soon as it is there; folders of those that are believed go in the end, or at Ctrl-C."""
-    labels: dict[str, Label] = {}
+class _Work:
+    """What is still to be labelled, by several threads; ``computed`` are the keys of what was computed here."""
 
-    def done(label: Label) -> None:
-        store.save_label(label)
-        labels[label.key] = label
-        tell(label)
+    def __init__(
+        self, requests: Sequence[LabelRequest], labeler: BoundedLabeler, claims: LabelClaims, store: RecordStore
+    ) -> None:
+        self._left, self._labeler, self._claims, self._store = list(requests), labeler, claims, store
+        self._turn = threading.Lock()
+        self.computed: set[str] = set()
 
-    try:
-        labeler.label(requests, done)
-    finally:
-        together = vetted({**known, **labels})
-        for key, label in labels.items():
-            if together[key].ok:
-                labeler.tidy(label)
-    return labels
+    def done(self, known: Mapping[str, Label], tell: Callable[[Label], None], *, workers: int) -> dict[str, Label]:
+        """All of it; ``tell`` hears of each. Folders of what is believed go in the end, or at Ctrl-C."""
+        labels: dict[str, Label] = {}
+
+        def heard(label: Label) -> None:
+            labels[label.key] = label
+            tell(label)
+
+        try:
+            label_each(list(self._left), self._one, workers, on_done=heard, stop=self._labeler.close)
+        finally:
+            together = vetted({**known, **labels})
+            for key in self.computed & labels.keys():
+                if together[key].ok:
+                    self._labeler.tidy(labels[key])
+        return labels
+
+    def _one(self, _: LabelRequest) -> Label:
+        """Any one of them; stored before anybody else may ask for it."""
+        request = self._next()
+        with self._claims.claim(request.key) as others:
+            if others is not None:
+                return others
+            (label,) = self._labeler.label([request])
+            self._store.save_label(label)
+            self.computed.add(request.key)
+        return label
+
+    def _next(self) -> LabelRequest:
+        """What somebody else computes now comes last: by then it may be there."""
+        with self._turn:
+            held = self._claims.held()
+            return self._left.pop(next((k for k, request in enumerate(self._left) if request.key not in held), 0))
 
 
 def vetted(labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -247,15 +281,15 @@ def _failures(job: LabelJob, labels: Mapping[str, Label]) -> Iterator[str]:
             yield f"{job.where(key)}: {label.status}: {label.reason}, files in {label.folder}"
 
 
-def _summary(job: LabelJob, labels: Mapping[str, Label], n_known: int) -> Table:
+def _summary(job: LabelJob, labels: Mapping[str, Label], n_computed: int) -> Table:
     found = [labels[key] for key in job.keys]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("status")
     table.add_column("frames", justify="right")
     for status, count in sorted(Counter(label.status for label in found).items()):
         table.add_row(status, str(count))
-    table.add_row("computed now", str(len(labels) - n_known))
-    table.add_row("known already", str(n_known))
+    table.add_row("computed now", str(n_computed))
+    table.add_row("known already", str(len(labels) - n_computed))
     n_ok = sum(label.ok for label in found)
     table.add_row("written", Text(f"{n_ok} to {job.out}" if n_ok else "nothing"))
     return table

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alcore.errors import AlLoopError, InputError, StoreError
-from alcore.identity import geometry_bytes
 from alcore.loop import begin, run_loop
 from alcore.protocols import RecordStore, StepRunner
 from alcore.runner import PlainRunner
 from alcore.state import LoopState, Workshop
 from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
+from flows.claims import LabelClaims
+from flows.earlier import change_lines, earlier_run, plain_settings
+from flows.leases import LeaseKeeper
+from flows.one_process import OneProcess, refuse_busy, take_run
 from flows.settings import CalculatorSettings, RunSettings, StoreSettings
+from flows.signals import Terminated, signals_call, terminable
 from flows.sittings import new_sitting
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 
     from calculators.base import ResolvedCalculator
     from flows.bounded import BoundedLabeler
-    from storage.store import MongoStore
-
-MAY_CHANGE = ("name", "stop", "executor", "store")
-"""Sections of a run file that may differ when a run goes on; all else would mix two different questions."""
+    from storage.durable import DurableStore
 
 RunStatus = Literal["running", "converged", "budget_spent", "failed", "cancelled"]
 STATUS: Mapping[StopCode, RunStatus] = {
@@ -67,16 +65,21 @@ class RunOutcome:
     labels: dict[str, Label]
 
 
-def open_record_store(settings: StoreSettings | None) -> MongoStore:
+def open_record_store(settings: StoreSettings | None, log: Callable[[str], None] | None = None) -> DurableStore:
     """The database of the run file, of ``AL_LOOP_MONGODB_URI``, or the embedded one (started if need be).
 
+    Args:
+        settings: of the run file, if there is one.
+        log: hears when the database is away and when it is back; None: the module's logger, which is stderr.
+
     Raises:
+        InputError: the data folder cannot be written.
         StoreError: it cannot be reached, or is of a newer schema.
     """
-    from storage.store import open_store
+    from storage.durable import open_durable_store
 
     given = settings.mongodb_uri if settings else None
-    return open_store(given or environment.mongodb_uri_from_env(), environment.data_dir())
+    return open_durable_store(given or environment.mongodb_uri_from_env(), environment.data_dir(), log=log)
 
 
 def read_parts(settings: RunSettings) -> Parts:
@@ -112,11 +115,20 @@ def run_session(
 
     Raises:
         InputError: something in the settings cannot work, found before anything is computed.
+        RunBusyError: another process works on the run, or has taken it over while the database was away.
     """
     parts = read_parts(settings)
-    with closing(open_record_store(settings.store)) as store:
+    opened = open_record_store(settings.store, log)
+    with closing(opened) as store, closing(LeaseKeeper(store, run=settings.name)) as keeper:
+        lease = take_run(keeper, settings.name, log)
         before = earlier_run(settings, store, parts.pairs, parts.resolved)
         with closing(wiring.make_labeler(settings, parts.resolved, store, environment.data_dir(), log)) as labeler:
+
+            def end() -> None:
+                labeler.closed.set()
+                store.stop_waiting()
+                labeler.close()
+
             run = _open_run(settings, store, before, log)
             generations = store.load_generations(run.name)
 
@@ -130,38 +142,22 @@ def run_session(
                     labeler=labeler,
                     trainer=wiring.make_trainer(settings, parts.prior, store),
                     store=store,
-                    runner=runner,
+                    runner=OneProcess(runner, lease),
+                    claims=LabelClaims(keeper, store, stop=labeler.closed, log=log),
                     on_generation=heard,
                     log=log,
                 )
                 spec = wiring.loop_spec(settings, sitting=len(run.sittings) - 1)
-                with _ctrl_c_ends(labeler), show_slots(labeler), wiring.few_threads(parts.pairs, spec):
+                with signals_call(end), show_slots(labeler), wiring.few_threads(parts.pairs, spec):
                     state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
+                lease.check(ask=True)
             except BaseException as error:
                 with suppress(StoreError):  # if the store is what failed, that is what should be heard of
-                    _close_run(run, store, "failed" if isinstance(error, Exception) else "cancelled", _reason(error))
+                    if lease.is_ours(ask=True):
+                        status: RunStatus = "failed" if isinstance(error, Exception) else "cancelled"
+                        _close_run(run, store, status, _reason(error))
                 raise
         return _finished(run, state, store, on_generation)
-
-
-@contextmanager
-def _ctrl_c_ends(labeler: BoundedLabeler) -> Iterator[None]:
-    """Threads that wait for a label do not hear of Ctrl-C, and the runner waits for them: end what they wait for, too.
-    In another thread, because the handler may interrupt one that holds the labeler's locks."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=labeler.close).start()
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _finished(run: RunRecord, state: LoopState, store: RecordStore, on_generation: OnGeneration) -> RunOutcome:
@@ -171,47 +167,11 @@ def _finished(run: RunRecord, state: LoopState, store: RecordStore, on_generatio
     return outcome
 
 
-def earlier_run(
-    settings: RunSettings, store: RecordStore, pairs: Sequence[EndpointPair], resolved: ResolvedCalculator
-) -> RunRecord | None:
-    """The run of that name, if there is one and it asked the same question.
-
-    Raises:
-        InputError: it was made with other physics: other settings, end states or reference calculator.
-    """
-    before = store.load_run(settings.name)
-    if before is None:
-        return None
-    then, now = _question(before.settings), _question(_without_password(settings))
-    changed = [key for key in now if then.get(key) != now[key]]
-    generations = store.load_generations(settings.name)
-    if generations:
-        asked = [(p.path, geometry_bytes(p.initial), geometry_bytes(p.final)) for p in generations[0].paths]
-        if asked != [(pair.name, geometry_bytes(pair.initial), geometry_bytes(pair.final)) for pair in pairs]:
-            changed.append("the end states' files")
-        labels = store.load_labels(generations[-1].label_keys[:1]).values()
-        if any(label.fingerprint != resolved.fingerprint for label in labels) and "calculator" not in changed:
-            changed.append("the calculator's version or files")
-    if changed:
-        raise InputError(
-            f"the run '{settings.name}' exists with other settings in: {', '.join(dict.fromkeys(changed))}",
-            where="name",
-            mend="choose another name (--name), or undo the change",
-        )
-    return before
-
-
-def _question(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that must not differ. Of end states the content counts, not where their files lie."""
-    paths = [{**path, "initial": None, "final": None} for path in values.get("paths", [])]
-    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"paths": paths}
-
-
 def _open_run(
     settings: RunSettings, store: RecordStore, before: RunRecord | None, log: Callable[[str], None]
 ) -> RunRecord:
     """The record of a run that begins or, if there was one ``before``, goes on."""
-    values = _without_password(settings)
+    values = plain_settings(settings)
     sitting = new_sitting(values, before)
     run = RunRecord(
         name=settings.name,
@@ -222,8 +182,8 @@ def _open_run(
     )
     if before is not None:
         log(f"run '{settings.name}' exists since {before.started}: going on where it stopped")
-        for key, (then, now) in sitting.changed.items():
-            log(f"  {key} was {then}, is now {now}")
+        for line in change_lines(sitting):
+            log(f"  {line}")
     store.save_run(run)
     return run
 
@@ -235,16 +195,10 @@ def _close_run(run: RunRecord, store: RecordStore, status: RunStatus, reason: st
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by the user"
+    if not isinstance(error, Exception):  # Prefect raises one of its own at SIGTERM
+        by_hand = isinstance(error, KeyboardInterrupt) and not isinstance(error, Terminated)
+        return "stopped by the user" if by_hand else "stopped from outside (SIGTERM)"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _without_password(settings: RunSettings) -> dict[str, Any]:
-    """Plain values; where the database lies is no part of the question, and its password none of the answer."""
-    values = settings.model_dump(mode="json")
-    values["store"] = {"mongodb_uri": None}
-    return values
 
 
 def generation_line(record: GenerationRecord) -> str:
@@ -269,11 +223,12 @@ def run_foreground(settings: RunSettings, *, use_prefect: bool, dry_run: bool, c
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    if use_prefect:
-        refuse_bad_input(settings)  # before a server is started
-        outcome = _through_prefect(settings, say)
-    else:
-        outcome = run_session(settings, runner=PlainRunner(wiring.at_once(settings)), log=say)
+    with terminable():
+        if use_prefect:
+            refuse_bad_input(settings)  # before a server is started
+            outcome = _through_prefect(settings, say)
+        else:
+            outcome = run_session(settings, runner=PlainRunner(wiring.at_once(settings)), log=say)
     console.print(generation_table(outcome.generations))
     for line in result_lines(barrier_summary(outcome.run, outcome.generations, outcome.labels)):
         say(line)
@@ -286,6 +241,7 @@ def refuse_bad_input(settings: RunSettings) -> None:
     """
     parts = read_parts(settings)
     with closing(open_record_store(settings.store)) as store:
+        refuse_busy(store, settings.name)
         earlier_run(settings, store, parts.pairs, parts.resolved)
 
 

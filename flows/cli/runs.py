@@ -64,7 +64,8 @@ def run(
 ) -> None:
     """Run the loop in the foreground. A name that exists goes on where it stopped.
 
-    Exit: 0 converged, 3 budget spent without converging, 2 bad input, 1 failure, 130 stopped with Ctrl-C.
+    Exit: 0 converged, 3 budget spent without converging, 2 bad input, 1 failure, 130 stopped with Ctrl-C,
+    143 by SIGTERM.
 
     Example: al-loop run my-hop/run.yaml --set stop.max_labels=20
     """
@@ -75,7 +76,8 @@ def run(
         from flows.session import run_foreground
 
         code = run_foreground(settings, use_prefect=not no_server, dry_run=dry_run, console=ctx.obj.console)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from flows.signals import TERMINATED, Terminated
         from storage.uris import redact_tree
 
         options = [*(["--name", name] if name else []), *(f"--set={override}" for override in overrides or ())]
@@ -84,7 +86,7 @@ def run(
         cancel_it = shlex.join(["al-loop", "cancel", settings.name + "-dry-run" * dry_run])
         queued = f" jobs in the queue go on (`{cancel_it}` ends them)," if settings.executor.queue else ""
         print(f"stopped; nothing that was labelled is lost,{queued} go on with: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(TERMINATED if isinstance(error, Terminated) else 130) from None
     raise typer.Exit(code)
 
 

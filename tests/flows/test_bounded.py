@@ -25,11 +25,10 @@ from alcore.types import Candidate, Label, LabelRequest, Structure
 from calculators.base import ResolvedCalculator
 from calculators.labeling import LocalLabeler
 from calculators.registry import resolve
-from flows import bounded
 from flows.bounded import BoundedLabeler
-from flows.session import open_record_store
+from flows.leases import LEASE_S, is_dead, new_owner
 from storage.memory import MemoryStore
-from storage.store import MongoStore
+from storage.store import MongoStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 SPANS = '''
@@ -96,7 +95,7 @@ def slow(modules: Path, tmp_path: Path) -> Slow:
 @pytest.fixture
 def store(home: Path) -> Iterator[MongoStore]:
     """The real one; what an earlier test left held is gone."""
-    opened = open_record_store(None)
+    opened = open_store(None, home)
     opened._database["leases"].delete_many({})
     yield opened
     opened.close()
@@ -321,17 +320,17 @@ def test_what_a_killed_process_of_this_machine_held_is_free_at_once(
     wait_until(lambda: slow.begun() == 1)
     (owner,) = store.held_leases("label-slot/test/").values()
     assert owner.endswith("|other")
-    assert not bounded._is_dead(owner)
+    assert not is_dead(owner)
     other.send_signal(signal.SIGKILL)
     other.communicate(timeout=30)
-    assert bounded._is_dead(owner)
+    assert is_dead(owner)
     assert list(store.held_leases("label-slot/test/").values()) == [owner]
     (slow.folder / "hang").unlink()
     resolved = slow.resolved()
     began = time.monotonic()
     labeler = make(resolved, store, tmp_path / "calc", limit=1)
     assert labeler.label(requests(resolved, 1))[0].ok
-    assert time.monotonic() - began < bounded.LEASE_S / 2  # it did not wait for the lease to run out
+    assert time.monotonic() - began < LEASE_S / 2  # it did not wait for the lease to run out
     labeler.close()
 
 
@@ -349,17 +348,17 @@ def test_ctrl_c_ends_what_waits(slow: Slow, store: MongoStore) -> None:
 
 @pytest.mark.parametrize("owner", ["", "nonsense", "a|b||1|0|r", "a|b|other machine|1|0.0|r", "a|b|c|d|e|f"])
 def test_only_processes_of_this_very_machine_are_ever_taken_for_dead(owner: str) -> None:
-    assert not bounded._is_dead(owner)
+    assert not is_dead(owner)
 
 
 def test_owners_are_unique_and_alive() -> None:
-    owners = {bounded._owner("a|run with bars") for _ in range(100)}
+    owners = {new_owner("a|run with bars") for _ in range(100)}
     assert len(owners) == 100
-    assert not any(bounded._is_dead(owner) for owner in owners)
+    assert not any(is_dead(owner) for owner in owners)
     mine = owners.pop()
     assert mine.split("|", 5)[-1] == "a|run with bars"
     if sys.platform == "linux":
-        assert bounded._is_dead(re.sub(rf"\|{os.getpid()}\|", "|4194304|", mine))  # no pid is that large
+        assert is_dead(re.sub(rf"\|{os.getpid()}\|", "|4194304|", mine))  # no pid is that large
 
 
 def test_overhead_of_a_lease_is_printed(store: MongoStore, tmp_path: Path) -> None:

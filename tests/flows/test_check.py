@@ -59,7 +59,10 @@ def test_it_says_that_the_name_is_known(hop: Any, home: Path) -> None:
     other = check_run(settings.model_copy(update={"seed": 5}))
     assert other.lines == []
     assert other.problems == [
-        "name: the run 'known' exists with other settings in: seed (choose another name (--name), or undo the change)"
+        (
+            "name: the run 'known' exists with other settings: seed was 0, is now 5 "
+            "(choose another name (--name), or undo the change)"
+        )
     ]
 
 
