@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,13 @@ from typing import Any
 
 from alcore.errors import CalculatorError
 from alcore.identity import json_sha256
-from alcore.types import Structure
+from alcore.types import LabelRequest, Structure
 from calculators.base import ResolvedCalculator, Retry
+from calculators.executors.outcome import JobOutcome
+from calculators.executors.worker import ENDING
 from calculators.folders import fresh_folder
 from calculators.measure import Measurement, measure
+from calculators.outcomes import went_well, write_outcome
 
 ATTEMPTS_FILE = "attempts.json"
 """In a label's folder, once its ladder is climbed: the attempts so far, and the one that began last."""
@@ -41,6 +44,26 @@ def prepare_worker(argument: tuple[ResolvedCalculator, int]) -> Callable[[Struct
         raise CalculatorError(f"{resolved.name} has changed since the run began: {changed}", mend="start the run again")
     resolved.entry.warm_up(resolved.settings)
     return partial(climb, resolved, retries)
+
+
+def prepare_local_worker(argument: tuple[ResolvedCalculator, int]) -> Callable[[LabelRequest], Measurement]:
+    """As ``prepare_worker``, for a worker of this machine: what was computed is on disk before it is told.
+
+    A crash is not kept: one that nobody hears of is rather the end of the machine than of the calculation.
+    """
+    compute, (resolved, _), parent = prepare_worker(argument), argument, os.getppid()
+
+    def work(request: LabelRequest) -> Measurement:
+        began = time.perf_counter()
+        measurement = compute(request.candidate.structure)
+        outcome = JobOutcome(kind="done", value=measurement, seconds=time.perf_counter() - began)
+        good = went_well(outcome) or (measurement.status == "unconverged" and os.getppid() == parent)
+        if good and not ENDING.is_set():
+            with suppress(OSError):  # who hears of it looks, and says so
+                write_outcome(Path.cwd(), outcome, key=request.key, fingerprint=resolved.fingerprint)
+        return measurement
+
+    return work
 
 
 def climb(resolved: ResolvedCalculator, retries: int, structure: Structure) -> Measurement:
@@ -70,7 +93,8 @@ def climb(resolved: ResolvedCalculator, retries: int, structure: Structure) -> M
             continue
         # Whoever ends this label from outside still learns how far it had come.
         begun = [*stories, {"name": rung.name, "status": "begun"}]
-        (home / ATTEMPTS_FILE).write_text(json.dumps(begun), encoding="utf-8")
+        with suppress(OSError):
+            (home / ATTEMPTS_FILE).write_text(json.dumps(begun), encoding="utf-8")
         made += 1
         with own_folder(home, f"retry-{made}"):
             last = _attempt(resolved, changed, structure, rung.name)

@@ -80,8 +80,10 @@ class _Bench:
     tolerances: Tolerances
     timeout_s: float
 
-    def labeler(self, resolved: ResolvedCalculator | None = None, retries: int = 2) -> LocalLabeler:
-        return LocalLabeler(resolved or self.resolved, self.folder, timeout_s=self.timeout_s, retries=retries)
+    def labeler(self, resolved: ResolvedCalculator | None = None, retries: int = 2, apart: str = ".") -> LocalLabeler:
+        """``apart``: a folder within, so that no outcome of the same key is found there."""
+        folder = self.folder / apart
+        return LocalLabeler(resolved or self.resolved, folder, timeout_s=self.timeout_s, retries=retries)
 
     def request(self, structure: Structure, resolved: ResolvedCalculator | None = None) -> LabelRequest:
         candidate = Candidate(path="contract", kind="data", image=0, structure=structure)
@@ -350,7 +352,7 @@ def _check_failure(bench: _Bench, status: LabelStatus, spoil: Callable[[Any], An
         settings = spoil(bench.resolved.settings)
         facts = bench.resolved.entry.facts(settings)
         spoilt = replace(bench.resolved, settings=settings, facts=facts, fingerprint=json_sha256(facts))
-        with bench.labeler(spoilt, retries=0) as labeler:
+        with bench.labeler(spoilt, retries=0, apart=status) as labeler:
             (label,) = labeler.label([bench.request(bench.asked, spoilt)])
     except Exception as error:  # an entry's own function, or a worker that did not start
         return ContractCheck(name, False, " ".join(f"{type(error).__name__}: {error}".split()))

@@ -8,7 +8,7 @@ Nothing depends on the current folder, the home folder or an installed al-loop.
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import os
 import shlex
@@ -22,12 +22,14 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from select import select
 from typing import TYPE_CHECKING, Any
 
 from alcore.errors import CalculatorError
+from alcore.files import write_whole
+from calculators import outcomes
 from calculators.executors.local import STARTUP_LIMIT_S, THREAD_VARIABLES, tail
 from calculators.executors.memory import LOOK_S, MemoryWatch, told_excess
 from calculators.executors.outcome import JobOutcome
@@ -38,19 +40,17 @@ if TYPE_CHECKING:
     from calculators.base import ResolvedCalculator
     from calculators.measure import Measurement
 
-JOB, BEGUN, OUTCOME = "job.json", "begun.json", "outcome.npz"
+JOB, BEGUN = "job.json", "begun.json"
 BEGUN_BEFORE = 75
 """Exit code of a job whose folder has begun before (a queue that starts a job twice, or two submissions)."""
+FULL_DISK_S = 5.0
+"""So often a job tries to write its outcome to a disk that is full, until its time is over."""
 
 # Our sys.path travels in job.json: al-loop need not be installed there, and programs must not inherit a PYTHONPATH.
 _BOOT = (
     'import json,sys; sys.path[:]=json.load(open(sys.argv[1]+"/job.json"))["path"]; '
     "from calculators.job import {0}; sys.exit({0}(sys.argv[1]))"
 )
-
-
-class RefusedError(CalculatorError):
-    """The calculator could not even be set up where the job ran; more jobs would end the same way."""
 
 
 def describe_job(
@@ -97,7 +97,7 @@ def describe_job(
 
 def write_input(input_dict: Mapping[str, Any], working_directory: str) -> None:
     """``input_dict["job"]`` is the text that ``describe_job`` made."""
-    _write_whole(Path(working_directory) / JOB, str(input_dict["job"]).encode())
+    write_whole(Path(working_directory) / JOB, str(input_dict["job"]).encode(), n_folders=3)
 
 
 def command(folder: Path) -> str:
@@ -125,24 +125,13 @@ def read_outcome(folder: Path) -> JobOutcome | None:
     Raises:
         RefusedError: the calculator where the job ran is not what the fingerprint says.
     """
-    import numpy as np
-
     job = read_job(folder)
+    if job is None:
+        return None
     try:
-        with np.load(folder / OUTCOME, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        answer = json.loads(arrays.pop("json").tobytes())
-    except FileNotFoundError:
-        return None
-    except Exception:  # never written by us, or not all of it has arrived
-        return None
-    if job is None or answer["token"] != job["token"]:
-        return None
-    if answer["kind"] == "refused":
-        raise RefusedError(answer["text"], where=f"calculator {job['calculator']}")
-    value = answer.pop("value")
-    told = {field.name: answer[field.name] for field in fields(JobOutcome) if field.name in answer}
-    return JobOutcome(**told, value=None if value is None else _to_measurement(_decoded(value, arrays)))
+        return outcomes.read_outcome(folder, token=job["token"])
+    except outcomes.RefusedError as error:
+        raise outcomes.RefusedError(error.message, where=f"calculator {job['calculator']}") from None
 
 
 def collect_output(working_directory: str) -> dict[str, Any]:
@@ -158,80 +147,6 @@ def collect_output(working_directory: str) -> dict[str, Any]:
             if getattr(answer, name) is not None:
                 kept[name] = getattr(answer, name)
     return kept
-
-
-def write_outcome(folder: Path, token: str, outcome: JobOutcome, refused: str = "") -> None:
-    """In one step: a reader sees all of it or nothing.
-
-    Args:
-        folder: the job's.
-        token: the job's.
-        outcome: how it ended.
-        refused: why the calculator could not even be set up; the outcome then does not count.
-    """
-    import numpy as np
-
-    arrays: dict[str, Any] = {}
-    answer = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
-    if outcome.value is not None:
-        values = {field.name: getattr(outcome.value, field.name) for field in fields(outcome.value)}
-        inspection = values["inspection"]
-        values["inspection"] = {field.name: getattr(inspection, field.name) for field in fields(inspection)}
-        answer["value"] = _encoded(values, arrays)
-    answer |= {"token": token} | ({"kind": "refused", "text": refused} if refused else {})
-    arrays["json"] = np.frombuffer(json.dumps(answer, default=repr).encode(), dtype=np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    _write_whole(folder / OUTCOME, buffer.getvalue())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some shared file systems know no such thing
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _encoded(value: Any, arrays: dict[str, Any]) -> Any:
-    """Plain values, with each array moved to ``arrays``."""
-    import numpy as np
-
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        arrays[name := f"array{len(arrays)}"] = value
-        return {"__array__": name}
-    if isinstance(value, np.ndarray | np.generic):
-        return _encoded(value.tolist(), arrays)
-    if isinstance(value, Mapping):
-        return {str(key): _encoded(part, arrays) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encoded(part, arrays) for part in value]
-    return value
-
-
-def _decoded(value: Any, arrays: Mapping[str, Any]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"__array__"}:
-            return arrays[value["__array__"]]
-        return {key: _decoded(part, arrays) for key, part in value.items()}
-    return [_decoded(part, arrays) for part in value] if isinstance(value, list) else value
-
-
-def _to_measurement(values: dict[str, Any]) -> Measurement:
-    from calculators.base import Inspection
-    from calculators.measure import Measurement
-
-    values["inspection"] = Inspection(**values["inspection"])
-    values["geometries"] = tuple(tuple(geometry) for geometry in values["geometries"])
-    values["attempts"] = tuple(values["attempts"])
-    return Measurement(**values)
 
 
 def main(place: str) -> int:
@@ -271,9 +186,8 @@ def main(place: str) -> int:
     finally:
         end_family(process.pid, job["token"])
         process.wait()
-    if outcome is not None and not (folder / OUTCOME).exists():
-        told = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
-        write_outcome(folder, job["token"], JobOutcome(**told | {"last_words": tail(folder / "stderr.txt")}))
+    if outcome is not None and not (folder / outcomes.OUTCOME).exists():
+        _keep(folder, job, replace(outcome, last_words=tail(folder / "stderr.txt")))
     return 0
 
 
@@ -298,7 +212,7 @@ def compute(place: str) -> None:
     """The process that computes; ``sys.argv[2]`` is the descriptor of the pipe that hears when it is ready."""
     import faulthandler
 
-    from calculators.executors.worker import watch_parent
+    from calculators.executors.worker import ENDING, watch_parent
 
     folder, ready = Path(place), int(sys.argv[2])
     os.set_inheritable(ready, False)
@@ -312,7 +226,7 @@ def compute(place: str) -> None:
     except BaseException as error:
         traceback.print_exc()
         said = str(error) if isinstance(error, CalculatorError) else f"{type(error).__name__}: {error}"
-        write_outcome(folder, job["token"], JobOutcome(kind="died"), refused=said)
+        _keep(folder, job, JobOutcome(kind="died"), refused=said)
         return
     os.write(ready, b"r")
     begun = time.monotonic()
@@ -320,11 +234,24 @@ def compute(place: str) -> None:
         outcome = JobOutcome(kind="done", value=work(structure), seconds=time.monotonic() - begun)
     except BaseException:
         outcome = JobOutcome(kind="raised", text=traceback.format_exc(), seconds=time.monotonic() - begun)
-    if os.getppid() == parent:  # else all is being ended, and what a child's death made of this is no answer
-        write_outcome(folder, job["token"], outcome)
+    if not ENDING.is_set() and (os.getppid() == parent or outcomes.went_well(outcome)):
+        _keep(folder, job, outcome)  # else what a child's death made of this is no answer
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # whatever a library wants to do at its end may hang; all that counts is on the disk
+
+
+def _keep(folder: Path, job: Mapping[str, Any], outcome: JobOutcome, refused: str = "") -> None:
+    """While the disk is full we wait: what has been computed is worth more than the rest of the job's time."""
+    of = {name: job[name] for name in ("token", "key", "fingerprint")}
+    while True:
+        try:
+            outcomes.write_outcome(folder, outcome, **of, refused=refused)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        time.sleep(FULL_DISK_S)
 
 
 def _prepared(job: Mapping[str, Any]) -> tuple[Callable[[Structure], Measurement], Structure]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -12,14 +15,21 @@ from typing import Self
 
 import ase.io
 
-from alcore.errors import CalculatorError, InputError
+from alcore.errors import AlLoopError, CalculatorError, InputError
 from alcore.types import Label, LabelRequest
-from calculators.attempts import prepare_worker
+from calculators.attempts import prepare_local_worker
 from calculators.base import ResolvedCalculator
 from calculators.executors.local import PoolClosedError, WorkerPool, WorkerStartError
 from calculators.executors.outcome import JobOutcome
+from calculators.executors.processes import end_orphans, how_it_ended
 from calculators.folders import fresh_folder
 from calculators.labels import LabelLimits, conclude
+from calculators.outcomes import JOBS, OUTCOME, Place, concluded, finished, folder_name, places, read_outcome, went_well
+
+_LOG = logging.getLogger(__name__)
+
+KILLED = tuple(how_it_ended(-number) for number in (signal.SIGKILL, signal.SIGTERM))
+"""How a worker dies that did nothing wrong: somebody, or a machine short of memory, ended it."""
 
 
 class ExecutorLabeler(ABC):
@@ -33,15 +43,30 @@ class ExecutorLabeler(ABC):
         folder: where calculations run.
         workers: how many run at once.
         limits: what a label may take.
+        beside: the folder in which those of all runs lie, this one too: what another run has computed, and could not
+            tell anybody any more, is taken from there. None: nobody else is looked at.
+        log: takes lines for a person; None: the module's logger.
     Raises:
         InputError: a number that makes no sense, or a folder that cannot be made.
     """
 
-    def __init__(self, resolved: ResolvedCalculator, folder: Path, workers: int, limits: LabelLimits) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedCalculator,
+        folder: Path,
+        workers: int,
+        limits: LabelLimits,
+        *,
+        beside: Path | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
         if workers < 1:
             raise InputError(f"workers is {workers}", where="executor", mend="it must be positive")
         self._resolved, self._workers, self._limits = resolved, workers, limits
-        self._folder = Path(folder).absolute()
+        self._folder, self._beside = Path(folder).absolute(), beside
+        self._log = log or _LOG.warning
+        self._taking = threading.Lock()
+        self._taken: set[Path] = set()  # folders whose outcomes this labeler has given away, or is about to
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,8 +106,38 @@ class ExecutorLabeler(ABC):
     def tidy(self, label: Label) -> None:
         """This label is believed and stored: the folder of its calculation may go."""
         folder = Path(label.folder)
-        if label.folder and folder.parent == self._folder:  # a label from the store may have been made anywhere
+        if not label.folder:
+            return
+        if folder.parent == self._folder:  # a label from the store may have been made anywhere
             shutil.rmtree(folder, ignore_errors=True)
+        elif folder.parent.parent == self._folder / JOBS:  # pyiron's record of it stays, with its numbers
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
+    def _finished(self, request: LabelRequest) -> tuple[JobOutcome, Path] | None:
+        """An outcome that waits for somebody to ask, and where it lies; nobody else gets it from this labeler."""
+        with self._taking:
+            for place in places(request.key, self._folder, self._beside):
+                if place.folder in self._taken or self._knows_better(place):
+                    continue
+                outcome = finished(place, request.key, self.fingerprint, self._folder)
+                if outcome is None:
+                    self._end_what_runs(place)
+                else:
+                    self._taken.add(place.folder)
+                    whose = "this run" if place.home == self._folder else f"run {place.home.name}"
+                    self._log(f"label {request.key[:6]} was already computed for {whose}: taken from its folder")
+                    return outcome, place.folder
+        return None
+
+    @staticmethod
+    def _end_what_runs(place: Place) -> None:
+        """Somebody was killed here. What the worker had started may run on, and nobody waits for it."""
+        if not place.is_job and not concluded(place.folder):
+            end_orphans({log.stem.removeprefix("worker-") for log in place.home.glob("worker-*.log")})
+
+    def _knows_better(self, place: Place) -> bool:
+        """Whether something else than the file there says how this calculation ended."""
+        return False
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +162,7 @@ class LocalLabeler(ExecutorLabeler):
         memory_gb: a label whose worker, with all it started, holds more is ended and ``crashed``; None: no limit.
         max_force_ev_per_ang: a larger force on any atom makes a label ``rejected``.
         retries: how many rungs of the code's ladder a failed calculation may climb.
+        beside, log: see ``ExecutorLabeler``.
     """
 
     def __init__(
@@ -120,13 +176,15 @@ class LocalLabeler(ExecutorLabeler):
         memory_gb: float | None = None,
         max_force_ev_per_ang: float = 50.0,
         retries: int = 2,
+        beside: Path | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         limits = LabelLimits(timeout_s=timeout_s, retries=retries, max_force_ev_per_ang=max_force_ev_per_ang)
-        super().__init__(resolved, folder, workers, limits)
+        super().__init__(resolved, folder, workers, limits, beside=beside, log=log)
         if threads < 1:
             raise InputError(f"threads is {threads}", where="executor", mend="it must be positive")
         self._pool = WorkerPool(
-            prepare_worker,
+            prepare_local_worker,
             (resolved, retries),
             folder=self._folder,
             workers=workers,
@@ -138,16 +196,39 @@ class LocalLabeler(ExecutorLabeler):
         self._pool.close()
 
     def _run(self, request: LabelRequest) -> tuple[JobOutcome, Path]:
-        structure = request.candidate.structure
-        folder = fresh_folder(self._folder, request.key[:16])
-        ase.io.write(folder / "input.extxyz", structure.to_atoms(), format="extxyz")
-        try:
-            return self._pool.run(structure, folder, self._limits.timeout_s), folder
-        except BaseException as error:  # there is no answer, so there is no label
+        if (found := self._finished(request)) is not None:
+            return found
+        outcome, folder = self._compute(request)
+        if outcome.kind == "died" and outcome.text in KILLED:
+            self._log(f"label {request.key[:6]}: its worker was {outcome.text} from outside; once more")
             shutil.rmtree(folder, ignore_errors=True)
+            return self._compute(request)
+        return outcome, folder
+
+    def _compute(self, request: LabelRequest) -> tuple[JobOutcome, Path]:
+        with self._taking:
+            folder = fresh_folder(self._folder, folder_name(request.key))
+            self._taken.add(folder)
+        try:
+            ase.io.write(folder / "input.extxyz", request.candidate.structure.to_atoms(), format="extxyz")
+            outcome = self._pool.run(request, folder, self._limits.timeout_s)
+        except BaseException as error:  # there is no answer, so there is no label
+            if self._kept(request, folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, WorkerStartError):
                 raise CalculatorError(str(error), where=f"calculator {self.name}") from error
+            if isinstance(error, OSError):
+                raise AlLoopError(f"cannot write into {folder}: {error}") from error
             raise
+        if outcome.kind != "done":  # it may have ended after it had its answer
+            outcome = self._kept(request, folder) or outcome
+        elif went_well(outcome) and not (folder / OUTCOME).exists():
+            self._log(f"label {request.key[:6]} is computed, but cannot be kept in {folder} (is the disk full?)")
+        return outcome, folder
+
+    def _kept(self, request: LabelRequest, folder: Path) -> JobOutcome | None:
+        """What the worker had on disk before it, or we, came to an end."""
+        return read_outcome(folder, key=request.key, fingerprint=self.fingerprint)
 
 
 def label_each(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from calculators.base import ResolvedCalculator
 from calculators.checks import reject_reason
 from calculators.executors.outcome import JobOutcome
 from calculators.measure import Measurement, plain_array
+from calculators.outcomes import ERROR
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,10 @@ def conclude(
     status, reason, text = _judge(request.candidate.structure, resolved, outcome, limits, attempts)
     reason = " ".join(reason.split())
     if status != "ok":
-        (folder / "error.txt").write_text(f"{status}: {reason}\n{text}", encoding="utf-8")
+        try:
+            (folder / ERROR).write_text(f"{status}: {reason}\n{text}", encoding="utf-8")
+        except OSError as error:  # a full disk, or another run's folder that is gone: the label is what counts
+            _LOG.warning("no %s in %s: %s", ERROR, folder, error)
     return _to_label(request, resolved, outcome, (status, reason), attempts, folder)
 
 

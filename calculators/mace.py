@@ -1,4 +1,4 @@
-"""Any MACE ``.model`` file as teacher for rehearsals. The file is a pickle: loading it runs what is written in it."""
+"""Any MACE ``.model`` file as teacher for rehearsals, loaded without running what is written in it if possible."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from alcore.errors import CalculatorError
+from alcore.errors import CalculatorError, ModelError
 from alcore.identity import sha256_hex
 from calculators.base import CalculatorEntry, CalculatorSettings, LocalPath
 
@@ -21,22 +22,28 @@ if TYPE_CHECKING:
 
 
 class MaceSettings(CalculatorSettings):
-    model: LocalPath = Field(description="path of a MACE .model file; a pickle, so use only files you trust")
+    model: LocalPath = Field(description="path of a MACE .model file")
+    sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-fA-F]{64}$",
+        description="of that file; vouches for one that can be loaded only by running the code inside it",
+    )
     head: str | None = Field(None, description="which head of a multi-head model; null: its only one")
     device: Literal["cpu", "cuda", "mps", "xpu"] = Field("cpu", description="where it runs")
     dtype: Literal["float32", "float64"] = Field("float64", description="precision")
 
 
 @cache
-def _load(path: str, stamp: tuple[int, int], device: str, dtype: str) -> Any:
+def _load(path: str, stamp: tuple[int, int], device: str, dtype: str, sha256: str | None) -> Any:
     """The model of a file; ``stamp`` (time, size) loads a changed file anew; ``dtype``: converting is in place."""
-    warnings.warn(f"{path} is a pickle: loading it runs the code inside it; use only files you trust", stacklevel=3)
+    data = Path(path).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mace.calculators  # noqa: F401  # before anything loads e3nn: mace sets how torch.load reads pickles
-        import torch
 
-        return torch.load(path, map_location=device, weights_only=False).eval()
+        from alcore.mace.trust import Trust, read_model
+    trust = Trust(sha256=sha256, key="calculator.settings.sha256")
+    return read_model(data, path, trust, "calculator.settings.model").to(device).eval()
 
 
 def _unreadable(settings: MaceSettings, error: OSError) -> CalculatorError:
@@ -47,11 +54,14 @@ def _unreadable(settings: MaceSettings, error: OSError) -> CalculatorError:
 def _read(settings: MaceSettings) -> Any:
     try:
         status = settings.model.stat()
-        model = _load(str(settings.model), (status.st_mtime_ns, status.st_size), settings.device, settings.dtype)
+        stamp = status.st_mtime_ns, status.st_size
+        model = _load(str(settings.model), stamp, settings.device, settings.dtype, settings.sha256)
         model.atomic_numbers, model.r_max  # noqa: B018  # a MACE model has both
     except OSError as error:
         raise _unreadable(settings, error) from error
-    except Exception as error:  # a pickle can fail in any way
+    except ModelError as error:
+        raise CalculatorError(error.message, where=error.where, mend=error.mend) from error
+    except Exception as error:  # a file may hold anything
         text = str(error).splitlines() or [""]
         raise CalculatorError(
             f"not a MACE model ({type(error).__name__}: {text[0]})",

@@ -23,15 +23,16 @@ from filelock import FileLock, Timeout
 from alcore.errors import AlLoopError, InputError
 from alcore.types import Label, LabelRequest
 from calculators import job as inside
+from calculators import outcomes
 from calculators.base import ResolvedCalculator
 from calculators.executors.local import PoolClosedError
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.pyiron import UNFINISHED, NewJob, PyironProject, Record
 from calculators.executors.queues import QUEUE_NAME, Queue, QueueSpec, Resources
 from calculators.executors.runners import LocalRunner, QueueRunner, Runner, Running
-from calculators.job import RefusedError
 from calculators.labeling import ExecutorLabeler
 from calculators.labels import LabelLimits
+from calculators.outcomes import Place, RefusedError
 
 _LOG = logging.getLogger(__name__)
 _MARGIN_S = 60.0
@@ -46,6 +47,10 @@ class PyironLabeler(ExecutorLabeler):
     meanwhile, and computes nothing twice; a job that died without a word is a ``crashed`` label, and the next request
     makes a fresh one. Until ``close`` the folder is this labeler's alone.
 
+    A job that another run left is waited for as long as it is seen to wait or run, and its answer taken. It is only
+    looked at, never ended, and that run's records are not touched: its owner may be alive. What it leaves is computed
+    here if it does not bring a good answer.
+
     Args:
         resolved: the calculator.
         folder: of this run; pyiron's database and files, the queue's configuration and the jobs lie in it.
@@ -55,6 +60,7 @@ class PyironLabeler(ExecutorLabeler):
         timeout_s: wall time of one label, its start not counted; in a queue no more than what the walltime leaves.
         max_force_ev_per_ang: a larger force on any atom makes a label ``rejected``.
         retries: how many rungs of the code's ladder a failed calculation may climb.
+        beside, log: see ``ExecutorLabeler``.
     Raises:
         InputError: a number that makes no sense, or a folder that cannot be used, or that another labeler uses.
         CalculatorError: pyiron or pysqa is not installed.
@@ -71,11 +77,13 @@ class PyironLabeler(ExecutorLabeler):
         timeout_s: float = 3600.0,
         max_force_ev_per_ang: float = 50.0,
         retries: int = 2,
+        beside: Path | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         if queue is not None:
             timeout_s = min(timeout_s, queue.walltime_s - min(_MARGIN_S, 0.1 * queue.walltime_s))
         limits = LabelLimits(timeout_s=timeout_s, retries=retries, max_force_ev_per_ang=max_force_ev_per_ang)
-        super().__init__(resolved, folder, workers, limits)
+        super().__init__(resolved, folder, workers, limits, beside=beside, log=log)
         self._folder = self._folder.resolve()  # pyiron does so, too
         if re.search(r"\s", str(self._folder)):
             raise InputError("pysqa and pyiron take no folder with a space in its name", where=str(self._folder))
@@ -85,7 +93,6 @@ class PyironLabeler(ExecutorLabeler):
         self._lock = threading.Lock()
         self._keys: dict[str, threading.Lock] = {}
         self._running: set[Running] = set()
-        self._delivered: set[str] = set()
         self._queue_name = None if queue is None else QUEUE_NAME
         self._runner: Runner
         self._folder_lock = _lock(self._folder)
@@ -132,21 +139,25 @@ class PyironLabeler(ExecutorLabeler):
             self.close()
         return len(records)
 
-    def tidy(self, label: Label) -> None:
-        """The folder of the job goes; pyiron's record of it stays, with its numbers."""
-        folder = Path(label.folder)
-        if label.folder and folder.parent.parent == self._folder / "jobs":
-            shutil.rmtree(folder.parent, ignore_errors=True)
-
     def _label_one(self, request: LabelRequest) -> Label:
         label = super()._label_one(request)
-        if not label.ok:  # the next request makes a fresh job
-            self._record(partial(self._project.note_status, Path(label.folder).name, "aborted"))
+        if not label.ok and self._is_job_of_ours(folder := Path(label.folder)):  # the next request makes a fresh job
+            self._record(partial(self._project.note_status, folder.name, "aborted"))
         return label
+
+    def _is_job_of_ours(self, folder: Path) -> bool:
+        return folder.parent.parent == self._folder / outcomes.JOBS
+
+    def _knows_better(self, place: Place) -> bool:
+        return place.is_job and place.home == self._folder  # pyiron does
 
     def _run(self, request: LabelRequest) -> tuple[JobOutcome, Path]:
         with self._turn(request.key):
-            job, outcome = self._job_of(request)
+            job, outcome, free = self._job_of(request)
+            if job is None:
+                if (found := self._finished(request) or self._awaited(request)) is not None:
+                    return found
+                job = self._create(request, free)
             try:
                 while outcome is None:
                     outcome = inside.read_outcome(job.folder) or self._look(job)
@@ -162,8 +173,39 @@ class PyironLabeler(ExecutorLabeler):
                     self._running.discard(job)
             self._runner.release(job)
             self._record(partial(self._project.collect, job.name))
-            self._delivered.add(job.name)
+            self._taken.add(job.folder)
             return outcome, job.folder
+
+    def _awaited(self, request: LabelRequest) -> tuple[JobOutcome, Path] | None:
+        """What a job brings that another run left, if it is seen to wait or run; waits for it.
+
+        Raises:
+            CalculatorError: the queue is silent for long.
+        """
+        for place in outcomes.places(request.key, self._folder, self._beside):
+            job = None if self._knows_better(place) else self._left(place, request)
+            if job is None or not self._runner.runs(job):
+                continue
+            named = f"label {request.key[:6]}"
+            self._log(f"{named} is being computed by a job of run {place.home.name}: waits for it")
+            while self._runner.gone(job) is None and not (job.folder / outcomes.OUTCOME).exists():
+                if self._closed.wait(self._runner.pause_s(job)):
+                    raise _stopped()
+            outcome = outcomes.finished(place, request.key, self.fingerprint, self._folder)
+            if outcome is not None:
+                self._taken.add(place.folder)
+                return outcome, place.folder
+            self._log(f"{named}: the job of run {place.home.name} brought no good answer, so it is computed here")
+        return None
+
+    def _left(self, place: Place, request: LabelRequest) -> Running | None:
+        """The job of another run for this very label, if it has no outcome yet."""
+        job = inside.read_job(place.folder) or {}
+        asked = (request.key, self.fingerprint)
+        if (job.get("key"), job.get("fingerprint")) != asked or (place.folder / outcomes.OUTCOME).exists():
+            return None
+        begun = partial(inside.has_begun, place.folder)
+        return Running(name=place.folder.name, folder=place.folder, token=job["token"], begun=begun, foreign=True)
 
     @staticmethod
     def _record(note: Callable[[], None]) -> None:
@@ -203,26 +245,26 @@ class PyironLabeler(ExecutorLabeler):
         if self._closed.is_set():
             raise _stopped()
 
-    def _job_of(self, request: LabelRequest) -> tuple[Running, JobOutcome | None]:
-        """The job of this request: the one that is there, or a new one; and its outcome, if it has ended by itself."""
-        stem = f"label_{re.sub(r'[^0-9A-Za-z]', '', request.key)[:24]}"
-        record, free = self._project.newest(stem)
+    def _job_of(self, request: LabelRequest) -> tuple[Running | None, JobOutcome | None, str]:
+        """This run's job of the request, if it is to be waited for or has ended; its outcome, if it has ended by
+        itself; and a free name for another."""
+        record, free = self._project.newest(outcomes.job_stem(request.key))
         job = None if record is None else self._as_running(record)
-        if record is not None and job is not None and record.status != "aborted":
+        if record is not None and job is not None and record.status != "aborted" and not outcomes.concluded(job.folder):
             try:
                 outcome = inside.read_outcome(job.folder)
             except RefusedError:  # of an earlier process; it may have been mended since
                 self._abandon(job)
-                return self._create(request, free), None
-            if record.status == "finished" and outcome is not None and job.name not in self._delivered:
-                return job, outcome
+                return None, None, free
+            if record.status == "finished" and outcome is not None and job.folder not in self._taken:
+                return job, outcome, free
             # one that an earlier process sent to a queue cannot be watched from here
             if record.status in UNFINISHED and (outcome or not (record.number and self._queue_name is None)):
                 self._begin(job, attach=outcome is None)
-                return job, outcome
+                return job, outcome, free
         if record is not None and record.status in UNFINISHED:
             self._project.note_status(record.name, "aborted")
-        return self._create(request, free), None
+        return None, None, free
 
     def _create(self, request: LabelRequest, name: str) -> Running:
         structure = request.candidate.structure

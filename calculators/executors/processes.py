@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Collection
 from contextlib import suppress
 
 import psutil
@@ -25,6 +26,30 @@ def family(mark: str) -> set[psutil.Process]:
             if process.environ().get(MARK) == mark:
                 found |= {process, *process.children(recursive=True)}
     return found
+
+
+def end_orphans(marks: Collection[str]) -> None:
+    """Kill what dead workers of this machine left: a worker that is killed in the same moment as its parent ends
+    nothing any more. A family whose worker lives is left alone.
+
+    Args:
+        marks: how the workers' marks begin, 8 characters each.
+    """
+    families: dict[str, bool] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            mark = process.environ().get(MARK, "")
+            if mark[:8] in marks:
+                families[mark] = families.get(mark, False) or _is_worker(process)
+    for mark, lives in families.items():
+        if not lives:
+            end_family(-1, mark)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """It leads its session, which tells it from what it forked."""
+    leads = os.getsid(process.pid) == process.pid
+    return leads and any("calculators.executors.worker" in part for part in process.cmdline())
 
 
 def end_family(pid: int, mark: str) -> None:

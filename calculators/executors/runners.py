@@ -46,6 +46,7 @@ class Running:
         number: in the queue; None where there is none, or it is not known.
         missing_since: when the queue first did not list it.
         process: the child of this process that runs it; None if an earlier process started it.
+        foreign: it is another run's. We may wait for it, but never end it or write its number down.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Running:
     number: int | None = None
     missing_since: float | None = None
     process: subprocess.Popen[bytes] | None = None
+    foreign: bool = False
 
 
 class Runner(Protocol):
@@ -70,11 +72,14 @@ class Runner(Protocol):
     def attach(self, job: Running) -> bool:
         """Take over a job that an earlier process started; False if nothing was ever started."""
 
+    def runs(self, job: Running) -> bool:
+        """Whether another run's job waits or runs now, as far as can be seen from here."""
+
     def gone(self, job: Running) -> JobOutcome | None:
         """How it ended, if it has without an outcome of its own; None while it may still bring one."""
 
     def end(self, job: Running) -> None:
-        """End it with all it started."""
+        """End it with all it started, if it is ours."""
 
     def release(self, job: Running) -> None:
         """It has brought its outcome."""
@@ -114,6 +119,9 @@ class LocalRunner:
     def attach(self, job: Running) -> bool:
         return job.begun() or bool(family(job.token))
 
+    def runs(self, job: Running) -> bool:
+        return bool(family(job.token))
+
     def gone(self, job: Running) -> JobOutcome | None:
         if time.monotonic() - job.since > self._limit_s:
             self.end(job)
@@ -126,6 +134,8 @@ class LocalRunner:
         return JobOutcome(kind="died", text=how, last_words=_last_words(job), seconds=time.monotonic() - job.since)
 
     def end(self, job: Running) -> None:
+        if job.foreign:
+            return
         end_family(job.process.pid if job.process is not None else -1, job.token)
         if job.process is not None:
             job.process.wait()
@@ -142,7 +152,7 @@ class QueueRunner:
 
     Args:
         queue: which.
-        note_number: called with a job's name and its number as soon as there is one.
+        note_number: called with the name of a job of ours and its number as soon as there is one.
         closed: while submissions are tried again, this ends it.
     """
 
@@ -191,12 +201,19 @@ class QueueRunner:
                 return True
         raise self._silent(said)
 
+    def runs(self, job: Running) -> bool:
+        """Raises:
+        CalculatorError: the queue is silent for long.
+        """
+        self.attach(job)
+        return job.number is not None
+
     def _find(self, job: Running) -> None:
         """The number of a job that was submitted, but killed us before we could record it."""
         if job.number is None:
             listed = self._queue.ask()
             job.number = next((number for number, name in listed.items() if name == queue_name(job)), None)
-            if job.number is not None:
+            if job.number is not None and not job.foreign:
                 self._note_number(job.name, job.number)
 
     def _silent(self, said: str) -> CalculatorError:
@@ -227,6 +244,8 @@ class QueueRunner:
         return job.number in listed if job.number is not None else queue_name(job) in listed.values()
 
     def end(self, job: Running) -> None:
+        if job.foreign:
+            return
         with suppress(AlLoopError):
             self._find(job)
         if job.number is not None:

@@ -19,6 +19,8 @@ from calculators.executors.processes import MARK, end_family
 PARENT_POLL_S = 0.5
 BACKSTOP_S = 60.0
 """The parent ends a late job. One that holds the interpreter while the parent is dead ends itself so much later."""
+ENDING = threading.Event()
+"""Set before all that this process started is ended: what it computes from then on is no answer."""
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -66,8 +68,9 @@ def _inside(folder: Path, home: str, timeout_s: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a disk that is full must not cost the answer
+                stream.flush()
         os.chdir(home)
         for target, descriptor in zip((1, 2), kept, strict=True):
             os.dup2(descriptor, target)
@@ -79,5 +82,6 @@ def watch_parent(parent: int) -> None:
     comes at the end of the parent *thread* that started us, and spares our children."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
+    ENDING.set()
     end_family(os.getpid(), os.environ[MARK])
     os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -157,6 +158,16 @@ def dies(pid_file: str) -> Calculator:
     Path(pid_file).write_text(f"{os.getpid()} {process.pid}")
     print("the licence server bit me", file=sys.stderr, flush=True)
     os._exit(3)
+
+
+def killed(times: int, begun: str, number: int = signal.SIGKILL) -> Calculator:
+    """Its process is killed from outside the first ``times`` times; each begin is a letter in ``begun``."""
+    with Path(begun).open("a") as file:
+        file.write("b")
+    if len(Path(begun).read_text()) <= times:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    return EMT()
 
 
 def segfaults() -> Calculator:

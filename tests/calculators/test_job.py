@@ -27,6 +27,7 @@ from calculators.base import Inspection, ResolvedCalculator
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import MARK, family
 from calculators.measure import Measurement
+from calculators.outcomes import OUTCOME, RefusedError, write_outcome
 from calculators.registry import resolve
 
 Misbehaving = Callable[..., ResolvedCalculator]
@@ -121,7 +122,7 @@ def test_an_outcome_survives_the_disk(
         settings=notes,
     )
     outcome = JobOutcome(kind="done", value=measurement, seconds=1 / 3)
-    job.write_outcome(folder, "t", outcome)
+    write_outcome(folder, outcome, token="t")
     back = job.read_outcome(folder)
     assert back is not None
     assert (back.kind, back.seconds) == ("done", 1 / 3)
@@ -143,8 +144,8 @@ def test_an_outcome_survives_the_disk(
 def test_what_is_not_this_job_s_outcome_is_none(broken: str, tmp_path: Path, structure: Structure) -> None:
     token = write(tmp_path, resolve("emt"), structure)
     done = JobOutcome(kind="done", value=Measurement(status="ok", energy_ev=1.0))
-    job.write_outcome(tmp_path, "another" if broken == "another token" else token, done)
-    file = tmp_path / job.OUTCOME
+    write_outcome(tmp_path, done, token="another" if broken == "another token" else token)
+    file = tmp_path / OUTCOME
     if broken == "half":
         file.write_bytes(file.read_bytes()[:-40])
     elif broken == "empty":
@@ -157,9 +158,9 @@ def test_what_is_not_this_job_s_outcome_is_none(broken: str, tmp_path: Path, str
 def test_a_folder_begins_once(tmp_path: Path, structure: Structure) -> None:
     write(tmp_path, resolve("emt"), structure)
     assert run(tmp_path) == 0
-    before = (tmp_path / job.OUTCOME).stat().st_mtime_ns
+    before = (tmp_path / OUTCOME).stat().st_mtime_ns
     assert run(tmp_path) == job.BEGUN_BEFORE
-    assert (tmp_path / job.OUTCOME).stat().st_mtime_ns == before
+    assert (tmp_path / OUTCOME).stat().st_mtime_ns == before
     assert run(tmp_path / "nowhere") != 0
 
 
@@ -222,7 +223,7 @@ def test_a_calculator_that_changed_is_refused(tmp_path: Path, structure: Structu
     source.write_text(source.read_text() + "# other numbers now\n")
     write(tmp_path, resolved, structure)
     assert run(tmp_path) == 0
-    with pytest.raises(job.RefusedError, match="has changed since the run began: version"):
+    with pytest.raises(RefusedError, match="has changed since the run began: version"):
         job.read_outcome(tmp_path)
 
 
@@ -245,12 +246,12 @@ def test_a_job_ended_from_outside_leaves_nothing_that_looks_like_an_outcome(
 def test_a_reader_never_sees_half_an_outcome(tmp_path: Path) -> None:
     (tmp_path / job.JOB).write_text('{"token": "t"}')
     big = JobOutcome(kind="done", value=Measurement(status="ok", forces=np.ones((20_000, 3))))
-    job.write_outcome(tmp_path, "t", big)
+    write_outcome(tmp_path, big, token="t")
     stop = threading.Event()
 
     def rewrite() -> None:
         while not stop.is_set():
-            job.write_outcome(tmp_path, "t", big)
+            write_outcome(tmp_path, big, token="t")
 
     writer = threading.Thread(target=rewrite)
     writer.start()

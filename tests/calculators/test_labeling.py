@@ -196,6 +196,20 @@ def test_a_segfault_says_where(tmp_path: Path, misbehaving: Misbehaving, make_re
     assert "misbehaving.py" in (Path(label.folder) / "error.txt").read_text()
 
 
+@pytest.mark.parametrize(("times", "status"), [(1, "ok"), (2, "crashed")])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_label_whose_worker_is_killed_from_outside_is_computed_once_more(
+    times: int, status: str, number: int, tmp_path: Path, misbehaving: Misbehaving, make_requests: MakeRequests
+) -> None:
+    begun = tmp_path / "begun"
+    resolved = misbehaving("killed", times=times, begun=str(begun), number=int(number))
+    label = one(resolved, tmp_path / "run", make_requests(resolved))
+    assert (label.status, len(begun.read_text())) == (status, 2)
+    assert [str(folder) for folder in (tmp_path / "run").iterdir() if folder.is_dir()] == [label.folder]
+    if status == "crashed":
+        assert f"killed by signal {int(number)}" in label.reason
+
+
 def test_a_worker_killed_while_idle_is_replaced(tmp_path: Path, make_requests: MakeRequests) -> None:
     resolved = resolve("emt")
     with LocalLabeler(resolved, tmp_path, workers=1, timeout_s=60) as labeler:
@@ -272,7 +286,7 @@ def test_tblite_charge_and_unconverged(tmp_path: Path, make_requests: MakeReques
         )
     assert 15 < energies[1] - energies[0] < 25  # type: ignore[operator]
     hasty = resolve("tblite", {"max_iterations": 2})
-    with LocalLabeler(hasty, tmp_path, timeout_s=60, retries=0) as labeler:
+    with LocalLabeler(hasty, tmp_path / "hasty", timeout_s=60, retries=0) as labeler:
         (label,) = labeler.label(make_requests(hasty, structure=Structure.from_atoms(molecule("H2O"))))
     assert (label.status, label.energy_ev) == ("unconverged", None)
     assert "SCF not converged in 2 cycles" in label.reason
@@ -375,25 +389,3 @@ def test_workers_do_not_outlive_their_parent(number: signal.Signals, tmp_path: P
         assert parent.wait(30) != 0
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert all(wait_until(lambda pid=pid: gone(pid)) for pid in pids)  # type: ignore[misc]
-
-
-def test_warm_overhead_is_printed(tmp_path: Path, make_requests: MakeRequests) -> None:
-    resolved = resolve("emt")
-    requests = make_requests(resolved, 20)
-    with LocalLabeler(resolved, tmp_path, workers=1, timeout_s=60) as labeler:
-        start = time.perf_counter()
-        labeler.label(requests[:1])
-        cold = time.perf_counter() - start
-        start = time.perf_counter()
-        labels = [labeler.label([request])[0] for request in requests[1:]]
-        warm = (time.perf_counter() - start) / len(labels)
-    start = time.perf_counter()
-    for request in requests[1:]:
-        atoms = request.candidate.structure.to_atoms()
-        atoms.calc = EMT()
-        atoms.get_forces()
-        atoms.get_potential_energy()
-        atoms.get_stress()
-    plain = (time.perf_counter() - start) / len(labels)
-    print(f"\na label: cold {cold:.2f} s, warm {1e3 * warm:.1f} ms, of which the calculator {1e3 * plain:.1f} ms")
-    assert all(label.ok for label in labels)

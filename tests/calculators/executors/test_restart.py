@@ -17,7 +17,7 @@ from calculators.executors.local import PoolClosedError
 from calculators.executors.outcome import JobOutcome
 from calculators.executors.processes import family
 from calculators.executors.queues import QueueSpec
-from calculators.job import write_outcome
+from calculators.outcomes import write_outcome
 from calculators.pyiron_labeling import PyironLabeler
 from calculators.registry import resolve
 
@@ -121,7 +121,7 @@ def test_a_refusal_that_nobody_heard_is_tried_again(
     (token,) = tokens(other.folder / "run")
     wait_until(lambda: family(token) == set())
     (described,) = (other.folder / "run").glob("jobs/*_hdf5/*/job.json")
-    write_outcome(described.parent, token, JobOutcome(kind="died"), refused="no licence")
+    write_outcome(described.parent, JobOutcome(kind="died"), token=token, refused="no licence")
     with other.labeler() as labeler:
         assert labeler.label([other.request()])[0].ok
     assert other.n_begun() == 2
