@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,11 @@ def sha256_hex(data: bytes) -> str:
 def json_sha256(values: Mapping[str, Any]) -> str:
     """Hash of plain values, independent of the order of keys."""
     return sha256_hex(json.dumps(values, sort_keys=True, separators=(",", ":"), default=str).encode())
+
+
+def keys_sha256(keys: Sequence[str]) -> str:
+    """Hash of label keys in their order: what a model was trained on."""
+    return sha256_hex("\n".join(keys).encode())
 
 
 def geometry_bytes(structure: Structure) -> bytes:

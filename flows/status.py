@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,10 @@ from alcore.vetting import believed
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from storage.durable import DurableStore
+    from storage.memory import MemoryStore
+    from storage.store import MongoStore
 
 
 def load_run(store: RecordStore, name: str) -> RunRecord:
@@ -37,8 +40,10 @@ def run_labels(store: RecordStore, generations: Sequence[GenerationRecord]) -> d
     return believed(store.load_labels(list(dict.fromkeys(keys))), generations[-1].doubts)
 
 
-def run_rows(store: RecordStore, name: str | None = None) -> list[dict[str, Any]]:
+def run_rows(store: MongoStore | MemoryStore | DurableStore, name: str | None = None) -> list[dict[str, Any]]:
     """One row a run, newest first: its state, its generations, its labels by status, its barriers in eV.
+
+    A run that should be ``running`` but that no living process works on is ``abandoned``; calling it again goes on.
 
     Args:
         store: where to look.
@@ -47,35 +52,16 @@ def run_rows(store: RecordStore, name: str | None = None) -> list[dict[str, Any]
     Raises:
         InputError: there is no run of that name.
     """
-    runs = store.list_runs() if name is None else [load_run(store, name)]
-    return [_row(store, run) for run in runs]
+    from flows.leases import live_runs
 
-
-def _row(store: RecordStore, run: RunRecord) -> dict[str, Any]:
-    generations = store.load_generations(run.name)
-    last = generations[-1] if generations else None
-    labels = run_labels(store, generations)
-    return {
-        "name": run.name,
-        "status": run.status,
-        "reason": run.reason or (last.decision.reason if last else ""),
-        "generations": len(generations),
-        "labels": dict(sorted(Counter(label.status for label in labels.values()).items())),
-        "n_reference_calls": last.n_reference_calls if last else 0,
-        "n_labels_reused": last.n_labels_reused if last else 0,
-        "paths": [
-            {
-                "name": record.path,
-                "barrier_forward_ev": record.barrier.forward_ev if record.barrier else None,
-                "barrier_std_ev": record.barrier_std_ev,
-                "verified_barrier_ev": record.verified_barrier_ev,
-                "decision": record.decision.code,
-            }
-            for record in (last.paths if last else ())
-        ],
-        "started": run.started,
-        "finished": run.finished,
-    }
+    if name is not None:
+        load_run(store, name)
+    alive = live_runs(store)
+    rows = store.run_rows(name)
+    for row in rows:
+        if row["status"] == "running" and row["name"] not in alive:
+            row["status"] = "abandoned"
+    return rows
 
 
 def runs_table(rows: Sequence[dict[str, Any]]) -> Table:

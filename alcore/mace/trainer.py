@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alcore.errors import ModelError, TrainingError
+from alcore.identity import keys_sha256
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
 from alcore.mace.network import make_networks
 from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction, without_network
@@ -39,6 +40,7 @@ class ModelSpec:
         seed: of weights, features and bootstrap.
         features_per_element: random features of the correction.
         prior_name: what the prior is, for provenance.
+        run: the run's name, likewise.
     """
 
     strategy: Literal["auto", "zero-shot", "naive", "scratch"] = "auto"
@@ -48,6 +50,7 @@ class ModelSpec:
     seed: int = 0
     features_per_element: int = 256
     prior_name: str = ""
+    run: str = ""
 
 
 class MaceTrainer:
@@ -118,15 +121,17 @@ class MaceTrainer:
         k = _place(name)
         warm = bool(surrogate.members)
         if warm:
-            model = surrogate.members[k]
+            model, began_from = surrogate.members[k], str(surrogate.notes["members"][k])
         elif self.untrained or self.spec.strategy == "scratch":
-            model = build_model([int(z) for z in self.prior.atomic_numbers], self.spec.seed + 1000 * (k + 1))
+            seed = self.spec.seed + 1000 * (k + 1)
+            model, began_from = build_model([int(z) for z in self.prior.atomic_numbers], seed), f"seed {seed}"
         else:
-            model = self.prior
+            model, began_from = self.prior, self._prior_sha
         weights: FloatArray = np.random.default_rng([self.spec.seed, generation, k]).exponential(size=len(dataset))
         # Never below a third: with a handful of labels a member that ignores one is no member.
         weights = np.maximum(weights / weights.mean(), 1 / 3)
-        return fine_tune(model, without_network(surrogate, dataset), self.spec.train, weights=weights, warm=warm)
+        member = fine_tune(model, without_network(surrogate, dataset), self.spec.train, weights=weights, warm=warm)
+        return replace(member, name=name, generation=generation, began_from=began_from)
 
     def pack_member(self, member: TrainedMember) -> dict[str, Any]:
         """Weights and what they reached."""
@@ -148,7 +153,7 @@ class MaceTrainer:
         """New members in (if any), lead chosen, correction fitted."""
         if members:
             ordered = [members[name] for name in sorted(members, key=_place)]
-            ids = [self._keep(m, len(dataset)) for m in ordered]
+            ids = [self._keep(m, dataset) for m in ordered]
             train = {
                 "epochs": ordered[0].epochs,
                 "learning_rate": ordered[0].learning_rate,
@@ -207,12 +212,15 @@ class MaceTrainer:
         fresh = self.untrained or self.spec.strategy == "scratch"
         return build_model([int(z) for z in self.prior.atomic_numbers], 0) if fresh else self.prior
 
-    def _keep(self, member: TrainedMember, n_labels: int) -> str:
+    def _keep(self, member: TrainedMember, dataset: Dataset) -> str:
+        """Stores the weights with what made them; returns their id."""
         if self._save is None:
             return weights_sha256(member.model)
-        return self._save(
-            weights_to_bytes(member.model), {"kind": "member", "prior": self._prior_sha, "n_labels": n_labels}
-        )
+        made: dict[str, object] = {f.name: getattr(member, f.name) for f in fields(member) if f.name != "model"}
+        made |= {"kind": "member", "run": self.spec.run, "seed": self.spec.seed, "strategy": self.spec.strategy}
+        made |= {"prior": self._prior_sha, "prior_name": self.spec.prior_name}
+        made |= {"n_labels": len(dataset), "labels_sha256": keys_sha256([label.key for label in dataset.labels])}
+        return self._save(weights_to_bytes(member.model), made)
 
 
 def _place(name: str) -> int:

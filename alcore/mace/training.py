@@ -49,6 +49,9 @@ class TrainedMember:
         force_rmse_ev_per_ang: over all components.
         epochs: how many were run.
         learning_rate: the peak that was used.
+        name: which member it is.
+        generation: that it was trained in.
+        began_from: sha256 of the weights it started from, or the seed of fresh ones.
     """
 
     model: Any
@@ -56,6 +59,9 @@ class TrainedMember:
     force_rmse_ev_per_ang: float
     epochs: int
     learning_rate: float
+    name: str = ""
+    generation: int = -1
+    began_from: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,7 +36,7 @@ from flows.runfile import load_run_file
 from flows.settings import RunSettings
 from storage.memory import MemoryStore
 
-VERBS = ("init", "check", "run", "cancel", "up", "down", "status", "show", "report", "export", "calculators")
+VERBS = ("init", "check", "run", "cancel", "up", "down", "status", "show", "report", "export", "import", "calculators")
 HEAVY = ("torch", "mace", "prefect", "mongoengine", "pymongo", "ase", "numpy", "matplotlib", "pyiron_base")
 
 
@@ -99,7 +99,7 @@ def test_version() -> None:
         (["benchmark", "bench.yaml"], "al-loop benchmark: not available yet"),
         (["pretrain"], "al-loop pretrain: not available yet"),
         (["gc"], "al-loop gc: not available yet"),
-        (["import", "folder"], "al-loop import: not available yet"),
+        (["import", "gone"], "gone: no such folder (name the folder that `al-loop export` wrote)"),
         (["chek", "run.yaml"], "al-loop chek: no such verb (did you mean `al-loop check`?)"),
         (["run"], "al-loop run: Missing argument 'RUN.yaml'. (see `al-loop run --help`)"),
         (["run", "run.yaml", "--dry"], "al-loop run: No such option: --dry"),
