@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -31,14 +32,15 @@ async def deploy(env: Mapping[str, str], entrypoints: Mapping[str, str] = ENTRYP
     from prefect import Flow
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectNotFound
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
     from prefect.flows import EntrypointType
 
     async with get_client() as client:
         try:
             await client.read_work_pool(POOL)
         except ObjectNotFound:
-            await client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+            with suppress(ObjectAlreadyExists):  # the worker, which makes it too, was faster
+                await client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         await _put_zombie_rule(client, entrypoints)
     for name, entrypoint in entrypoints.items():
         module, _, attribute = entrypoint.partition(":")

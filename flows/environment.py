@@ -23,6 +23,16 @@ def data_dir() -> Path:
     return user_data_path("al-loop", appauthor=False)
 
 
+def make_private(folder: Path) -> None:
+    """Makes ``folder`` if it is not there, for this user alone, whatever the umask; what is there stays as it is."""
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+
+
 def cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -76,3 +86,8 @@ def python_path_with(folder: str) -> str:
 def now_iso() -> str:
     """Now, as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def now_s() -> float:
+    """Now, in seconds since the epoch."""
+    return datetime.now(UTC).timestamp()

@@ -17,7 +17,7 @@ def start_detached(command: Sequence[str], *, env: Mapping[str, str], log: Path)
     """Starts ``command`` in a session of its own, its output appended to ``log``.
 
     Returns:
-        ``{"pid": ..., "created": ...}``, to be remembered and given to ``find``.
+        ``{"pid": ...}`` and its ``identity``, to be remembered and given to ``find``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -30,7 +30,27 @@ def start_detached(command: Sequence[str], *, env: Mapping[str, str], log: Path)
             stderr=out,
             start_new_session=True,
         )
-    return {"pid": child.pid, "created": psutil.Process(child.pid).create_time()}
+    return {"pid": child.pid, **identity(psutil.Process(child.pid))}
+
+
+def identity(process: psutil.Process) -> dict[str, Any]:
+    """What tells a process from an earlier or later one with its pid. ``created`` follows the clock, also when that
+    jumps; where the kernel says it, ``ticks`` since the boot ``boot`` do not."""
+    found: dict[str, Any] = {"created": process.create_time()}
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+        found["ticks"] = int(stat.rpartition(")")[2].split()[19])
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, ValueError, IndexError):
+        found.pop("ticks", None)
+    return found
+
+
+def _same(process: psutil.Process, remembered: Mapping[str, Any]) -> bool:
+    now = identity(process)
+    if "boot" in now and remembered.get("boot") and "ticks" in remembered:
+        return all(now[key] == remembered[key] for key in ("ticks", "boot"))
+    return bool(abs(now["created"] - float(remembered["created"])) < START_TIME_TOLERANCE_S)
 
 
 def find(remembered: Mapping[str, Any] | None) -> psutil.Process | None:
@@ -39,9 +59,8 @@ def find(remembered: Mapping[str, Any] | None) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(remembered["pid"]))
-        same = abs(process.create_time() - float(remembered["created"])) < START_TIME_TOLERANCE_S
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
+        return process if _same(process, remembered) and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, KeyError, TypeError, ValueError):  # gone, somebody else's, or remembered by a damaged file
         return None
 
 

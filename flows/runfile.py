@@ -108,6 +108,13 @@ def resolve_settings(
     if settings is None:
         return load_run_file(config or config_folder() / "quickstart.yaml", name=name)
     data = settings.model_dump() if isinstance(settings, RunSettings) else copy.deepcopy(dict(settings))
+    store = data.get("store")
+    if isinstance(store, dict) and "@" in str(store.get("mongodb_uri")):
+        raise InputError(
+            "an address with a password is no parameter: Prefect stores parameters and shows them",
+            where="settings: store.mongodb_uri",
+            mend="set AL_LOOP_MONGODB_URI before `al-loop up`, or write it into a run file and give `config`",
+        )
     if name is not None:
         data["name"] = name
     return _resolve(data, Path.cwd(), "settings", lambda _: "", [])

@@ -7,6 +7,7 @@ is healthy and replaces what is not; ``down`` ends worker, server and MongoDB, i
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import re
 import socket
@@ -23,9 +24,9 @@ from urllib.request import ProxyHandler, build_opener
 from uuid import UUID
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from alcore.errors import AlLoopError
+from alcore.errors import AlLoopError, InputError
 from flows import deployment, environment, processes, profile
 
 Echo = Callable[[str], None]
@@ -35,6 +36,8 @@ PORTS = range(4200, 4300)
 """The first free one is taken once and then kept."""
 
 START_TIMEOUT_S = 120.0
+LOCK_TIMEOUT_S = 400.0
+FULL_OR_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 WORKER_MARK = "AL_LOOP_WORKER_OF"
 """Environment variable by which the worker and all its offspring are recognised; its value is the data folder."""
 
@@ -139,7 +142,9 @@ def connected(echo: Echo = print) -> Iterator[Addresses]:
 
 def hide_password(uri: str) -> str:
     """``mongodb://user:secret@host`` without the secret."""
-    return re.sub(r"(//[^:/@]*):\S*@", r"\1:***@", uri)
+    from storage.uris import SECRET_OPTIONS
+
+    return SECRET_OPTIONS.sub(r"\1***", re.sub(r"(//[^:/@]*):\S*@", r"\1:***@", uri))
 
 
 # --- the pieces ------------------------------------------------------------------------------------------------------
@@ -180,7 +185,11 @@ def _ensure_server(home: Path, state: dict[str, Any]) -> str:
 def _ensure_worker(home: Path, state: dict[str, Any], api_url: str, echo: Echo) -> None:
     """A worker that polls for our deployments; runs that a dead one left behind are told to be Crashed first."""
     uri = hide_password(environment.mongodb_uri_from_env() or "")
-    if processes.find(state.get("worker")):
+    worker = processes.find(state.get("worker"))
+    if worker and state.get("worker_api", api_url) != api_url:
+        processes.stop([worker])  # it polls where our server no longer is
+        worker = None
+    if worker:
         if state.get("worker_mongodb", "") != uri:
             echo(
                 f"the worker still uses {state.get('worker_mongodb') or 'the embedded MongoDB'}: al-loop down, then up"
@@ -199,7 +208,7 @@ def _ensure_worker(home: Path, state: dict[str, Any], api_url: str, echo: Echo) 
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", deployment.POOL, "--type", "process"]
     log = home / "logs" / "prefect-worker.log"
     state["worker"] = processes.start_detached([*command, "--name", "al-loop"], env=env, log=log)
-    state["worker_mongodb"] = uri
+    state["worker_mongodb"], state["worker_api"] = uri, api_url
     _save(home, state)
     time.sleep(0.5)
     if not processes.find(state["worker"]):
@@ -241,7 +250,7 @@ def _runs_with_process(home: Path) -> set[UUID]:
 
 def _server_environment(home: Path, port: int) -> dict[str, str]:
     folder = home / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
+    environment.make_private(folder)
     return environment.child_environment(
         {
             "DO_NOT_TRACK": "1",
@@ -317,12 +326,21 @@ def _answers(url: str) -> bool:
 def _wait_healthy(process: psutil.Process, port: int) -> bool:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if _healthy(port):
+        if _healthy(port) and _listens(process, port):
             return True
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             return False
         time.sleep(0.3)
     return False
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    """Whether it is this server that answers: of two that start at once, one gets the port and answers for both."""
+    try:
+        ours = [process, *process.children(recursive=True)]
+        return any(c.laddr.port == port for p in ours for c in p.net_connections() if c.status == psutil.CONN_LISTEN)
+    except psutil.Error:
+        return False
 
 
 def _is_free(port: int) -> bool:
@@ -337,16 +355,46 @@ def _is_free(port: int) -> bool:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[dict[str, Any]]:
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / "services.lock"):
-        yield _load(home)
+    """The services' state, for one ``up`` or ``down`` at a time.
+
+    Raises:
+        InputError: the data folder cannot be written, or the disk is full.
+    """
+    try:
+        environment.make_private(home)
+        with FileLock(home / "services.lock", timeout=LOCK_TIMEOUT_S):
+            yield _load(home)
+    except Timeout:
+        raise AlLoopError(f"another `al-loop up` or `down` has been busy in {home} for minutes") from None
+    except OSError as error:
+        if error.errno not in FULL_OR_CLOSED:
+            raise
+        mend = "free space there, or choose another data folder with AL_LOOP_HOME"
+        raise InputError(f"the data folder cannot be written: {error.strerror}", where=str(home), mend=mend) from error
 
 
 def _load(home: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((home / "services.json").read_text()))
+        state = json.loads((home / "services.json").read_text())
     except (FileNotFoundError, ValueError):
-        return {}
+        state = None
+    return state if isinstance(state, dict) else _found_again(home)
+
+
+def _found_again(home: Path) -> dict[str, Any]:
+    """Who runs, where nothing tells it: the file is lost or damaged. Both services carry our folder of Prefect's."""
+    state: dict[str, Any] = {}
+    for process in processes.with_variable("PREFECT_HOME", str(home / "prefect")):
+        try:
+            words = process.cmdline()
+            who = {"pid": process.pid, **processes.identity(process)}
+        except psutil.Error:
+            continue
+        if words[1:5] == ["-m", "prefect", "server", "start"]:
+            state |= {"server": who, "port": int(words[words.index("--port") + 1])}
+        elif words[1:5] == ["-m", "prefect", "worker", "start"]:
+            state["worker"] = who
+    return state
 
 
 def _save(home: Path, state: Mapping[str, Any]) -> None:

@@ -6,12 +6,17 @@ Whether the files named here exist is asked in ``runfile``; whether the calculat
 
 from __future__ import annotations
 
+import re
+import reprlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
+from alcore.errors import InputError
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""Names become folders and ids: letters, digits, dots, dashes and underscores."""
+"""Names become folders and ids: letters, digits, dots, dashes and underscores. None can leave a folder."""
+NAME_LENGTH = 120
 
 FOUNDATION_NAMES = (
     "small",
@@ -54,6 +59,19 @@ PYIRON_KEYS = {*QUEUE_KEYS, "queue", "modules", "prologue"}
 """Keys of the executor that only pyiron's jobs have."""
 
 
+def checked_name(name: str) -> str:
+    """``name``, if it can be that of a run.
+
+    Raises:
+        InputError: it cannot: it may hold what would leave a folder, or break a line.
+    """
+    if re.fullmatch(NAME_PATTERN.rstrip("$"), name) and len(name) <= NAME_LENGTH:
+        return name
+    shown = reprlib.repr(name)
+    mend = f"letters, digits, dots, dashes and underscores, a letter or digit first, {NAME_LENGTH} at most"
+    raise InputError(f"{shown} can be no run's name", where="name", mend=mend)
+
+
 def _known_foundation(value: Any) -> Any:
     if isinstance(value, str) and not value.endswith(".model") and value not in FOUNDATION_NAMES:
         raise ValueError(f"{value!r} is neither a .model file nor a name mace-torch knows")
@@ -69,7 +87,9 @@ class Section(BaseModel):
 class PathSettings(Section):
     """One hop: two end states, or a whole band."""
 
-    name: str = Field(default="hop", pattern=NAME_PATTERN, description="the hop's name, unique in the run")
+    name: str = Field(
+        default="hop", pattern=NAME_PATTERN, max_length=NAME_LENGTH, description="the hop's name, unique in the run"
+    )
     initial: str | None = Field(
         default=None, description="initial state: a file ase.io.read takes, relative to the run file"
     )
@@ -214,6 +234,12 @@ class ModelSettings(Section):
             "empty: a small MACE made at first use from the seed"
         ),
     )
+    foundation_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-fA-F]{64}$",
+        description="sha256 of that file; vouches for one that can be loaded only by running the code inside it",
+        exclude_if=lambda sha256: sha256 is None,  # runs that were begun before there was this key stay the same
+    )
     strategy: Literal["auto", "zero-shot", "scratch", "naive"] = Field(
         default="auto", description="how MACE learns the labels; auto says which it chose and why"
     )
@@ -282,7 +308,9 @@ class RunSettings(Section):
     """A run file."""
 
     name: str = Field(
-        pattern=NAME_PATTERN, max_length=120, description="the run's name; a name that exists goes on where it stopped"
+        pattern=NAME_PATTERN,
+        max_length=NAME_LENGTH,
+        description="the run's name; a name that exists goes on where it stopped",
     )
     paths: list[PathSettings] = Field(
         min_length=1, description="one or several hops; they share one model and one label store"

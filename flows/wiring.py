@@ -19,12 +19,13 @@ from alcore.state import LoopSpec
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, Label
 from flows import environment
-from flows.settings import ExecutorSettings, ModelSettings, PathSettings, RunSettings
+from flows.settings import ExecutorSettings, ModelSettings, PathSettings, RunSettings, checked_name
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from alcore.mace.trainer import MaceTrainer
+    from alcore.mace.trust import Trust
     from alcore.protocols import LeaseStore, RecordStore
     from calculators.base import ResolvedCalculator
     from calculators.executors.queues import QueueSpec, Resources
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 NODES_WORTH_THREADS = 3000
 """Atoms in one batch from which on several threads gain more than they lose."""
 SUBMIT_COMMANDS = {"slurm": "sbatch", "sge": "qsub", "torque": "qsub", "lsf": "bsub", "flux": "flux"}
+TRUSTED_MODELS = "trusted-models.txt"
+"""In the data folder: sha256 of model files that may run code when they are loaded, one a line."""
 QUEUE_LIMIT = 1000
 """Jobs in a queue of all runs together, if the run file does not say."""
 
@@ -134,12 +137,21 @@ def make_labeler(
         InputError: the executor's settings make no sense, or its queue is not here.
     """
     folder = run_folder(data_dir, settings.name)
+    environment.make_private(data_dir)
     return open_labeler(settings.executor, resolved, store, folder, run=settings.name, log=log)
 
 
 def run_folder(data_dir: Path, run: str) -> Path:
-    """Where the calculations of a run lie."""
-    return data_dir / "calculations" / run
+    """Where the calculations of a run lie. ``calculations`` may be a link to another disk; what is in it stays there.
+
+    Raises:
+        InputError: that would be elsewhere.
+    """
+    base = data_dir / "calculations"
+    folder = base / checked_name(run)
+    if not folder.resolve().is_relative_to(base.resolve()):
+        raise InputError("is a link that leads out of the data folder", where=str(folder), mend="remove it")
+    return folder
 
 
 def open_labeler(
@@ -154,14 +166,15 @@ def open_labeler(
     """As ``make_labeler``, outside a run; ``run`` is what others who wait for a slot are told."""
     from flows.bounded import BoundedLabeler
 
-    inner = (
-        pyiron_labeler(executor, resolved, folder) if executor.kind == "pyiron" else _local(executor, resolved, folder)
-    )
+    make = pyiron_labeler if executor.kind == "pyiron" else _local
+    inner = make(executor, resolved, folder, log)
     pool, limit = label_pool(executor)
     return BoundedLabeler(inner, store, pool=pool, limit=limit, workers=executor.workers, run=run, log=log)
 
 
-def _local(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> ExecutorLabeler:
+def _local(
+    executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path, log: Callable[[str], None] | None
+) -> ExecutorLabeler:
     from calculators.labeling import LocalLabeler
 
     return LocalLabeler(
@@ -172,10 +185,14 @@ def _local(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Pat
         threads=executor.threads,
         memory_gb=executor.memory_gb,
         retries=executor.retries,
+        beside=folder.parent,
+        log=log,
     )
 
 
-def pyiron_labeler(executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path) -> PyironLabeler:
+def pyiron_labeler(
+    executor: ExecutorSettings, resolved: ResolvedCalculator, folder: Path, log: Callable[[str], None] | None = None
+) -> PyironLabeler:
     """Of an executor of kind ``pyiron``; nobody else's labels are counted.
 
     Raises:
@@ -193,6 +210,8 @@ def pyiron_labeler(executor: ExecutorSettings, resolved: ResolvedCalculator, fol
         resources=resources,
         timeout_s=executor.timeout_s,
         retries=executor.retries,
+        beside=folder.parent,
+        log=log,
     )
 
 
@@ -255,18 +274,23 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
     Raises:
         ModelError: it cannot be loaded, or does not know an element.
     """
-    from alcore.identity import sha256_hex
-    from alcore.mace.models import build_model, check_elements, load_foundation
+    from alcore.mace.models import build_model, check_elements, open_foundation
 
     device = pick_device(settings.device)
     if settings.foundation is None:
         name = f"untrained MACE (seed {seed}) on an elastic network of the end states, which has seen no reference data"
         return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
-    model = load_foundation(settings.foundation, device=device)
-    check_elements(model, numbers)
-    path = Path(settings.foundation)
-    content = f", sha256 {sha256_hex(path.read_bytes())[:16]}" if path.is_file() else ""
-    return Prior(model=model, untrained=False, name=f"foundation model {path.name}{content}")
+    found = open_foundation(settings.foundation, device=device, trust=model_trust(settings.foundation_sha256))
+    check_elements(found.model, numbers)
+    name = f"foundation model {found.file}, sha256 {found.sha256[:16]}"
+    return Prior(model=found.model, untrained=False, name=name)
+
+
+def model_trust(sha256: str | None) -> Trust:
+    """Who vouches for model files that run code: the run file's ``model.foundation_sha256``, the data folder's list."""
+    from alcore.mace.trust import Trust
+
+    return Trust(sha256=sha256, listed=environment.data_dir() / TRUSTED_MODELS)
 
 
 def pick_device(asked: str) -> str:
@@ -297,6 +321,7 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
         train=TrainSpec(**model.options),  # type: ignore[arg-type]
         seed=settings.seed,
         prior_name=prior.name,
+        run=settings.name,
     )
     return MaceTrainer(
         prior.model, spec, untrained=prior.untrained, save_model=store.save_model, load_model=store.load_model

@@ -1,7 +1,8 @@
 """The embedded MongoDB: one server a data folder, shared by all processes of the user, on the loopback only.
 
-``DATA/mongodb`` holds ``db`` (the server's files), ``mongod.log``, ``port`` (chosen once), ``lock``. Who runs is told
-by the pid that mongod itself writes into ``db/mongod.lock``, believed only if that process is a mongod on this folder.
+``DATA/mongodb`` holds ``db`` (the server's files), ``mongod.log``, ``port`` and ``key`` (chosen once), ``lock``. Who
+runs is told by the pid that mongod itself writes into ``db/mongod.lock``, believed only if that process is a mongod on
+this folder. All users of a machine reach its loopback: ``key``, which only this user reads, keeps the others out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -27,6 +29,7 @@ LOOPBACK = "127.0.0.1"
 REPLICA_SET = "rs0"
 START_TIMEOUT_S = 120.0  # a recovery after a crash can take a while
 STOP_TIMEOUT_S = 60.0
+USER = "al-loop"
 LOG_BYTES = 20_000_000
 FIRST_PORT, N_PORTS = 20_000, 12_000  # below the range the kernel hands out to outgoing connections
 INSTALL_MEND = "pip install 'al-loop[mongodb]', put mongod on PATH, or set store.mongodb_uri"
@@ -41,7 +44,7 @@ class MongodStatus:
         running: whether its server is alive.
         pid: of the server, or None.
         port: the folder's port; None if it has none yet.
-        uri: address for clients, "" if it is not running.
+        uri: address for clients, with a password; "" if it is not running, or its key is lost.
     """
 
     running: bool
@@ -57,11 +60,13 @@ def ensure_mongod(data_dir: Path) -> str:
         StoreError: no mongod here, a missing system library, a server that dies at its start, a read-only folder.
     """
     status = mongod_status(data_dir)
-    if status.port is not None and status.running and _takes_writes(status.port):
+    if status.uri and status.port is not None and _takes_writes(_home(data_dir), status.port):
         return status.uri
     home = _home(data_dir)
     try:
-        (home / "db").mkdir(parents=True, exist_ok=True)
+        _make_private(data_dir.expanduser().resolve())
+        _make_private(home)
+        _make_private(home / "db")
         with FileLock(home / "lock", timeout=2 * START_TIMEOUT_S):
             return _ensure_locked(data_dir)
     except Timeout:
@@ -112,7 +117,8 @@ def mongod_status(data_dir: Path) -> MongodStatus:
     port = _read_port(home)
     if process is None or port is None:
         return MongodStatus(running=False, pid=None, port=port, uri="")
-    return MongodStatus(running=True, pid=process.pid, port=port, uri=_uri(port))
+    uri = _uri(home, process, port) if _key(home) or not _asks_who(process) else ""
+    return MongodStatus(running=True, pid=process.pid, port=port, uri=uri)
 
 
 def find_mongod() -> Path:
@@ -136,8 +142,48 @@ def _home(data_dir: Path) -> Path:
     return data_dir.expanduser().resolve() / "mongodb"
 
 
-def _uri(port: int) -> str:
-    return f"mongodb://{LOOPBACK}:{port}/?replicaSet={REPLICA_SET}"
+def _make_private(folder: Path) -> None:
+    """Makes ``folder``, if it is not there, for this user alone, whatever the umask."""
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, parents=True)
+        folder.chmod(0o700)
+
+
+def _uri(home: Path, process: psutil.Process, port: int) -> str:
+    user = f"{USER}:{_key(home)}@" if _asks_who(process) else ""
+    return f"mongodb://{user}{LOOPBACK}:{port}/?replicaSet={REPLICA_SET}"
+
+
+def _asks_who(process: psutil.Process) -> bool:
+    """Whether the server wants a password: one that an older al-loop started, and that still runs, does not."""
+    try:
+        return "--keyFile" in process.cmdline()
+    except psutil.Error:
+        return True
+
+
+def _key(home: Path) -> str:
+    """The server's key; "" if it has none yet."""
+    try:
+        return (home / "key").read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _make_key(home: Path) -> None:
+    """Written once, whole, and never readable for others (mongod refuses it otherwise)."""
+    if _key(home):
+        (home / "key").chmod(0o600)
+        return
+    temporary = home / "key.new"
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)
+        file.write(secrets.token_hex(32) + "\n")
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(temporary, home / "key")
 
 
 def _read_port(home: Path) -> int | None:
@@ -162,7 +208,8 @@ def _ensure_locked(data_dir: Path) -> str:
     """``ensure_mongod`` for the holder of the lock."""
     home = _home(data_dir)
     port = _read_port(home)
-    if _server(home) is None:
+    server = _server(home)
+    if server is None:
         if _log_end(home) > LOG_BYTES:
             os.replace(home / "mongod.log", home / "mongod.log.1")
         if port is None:
@@ -182,10 +229,17 @@ def _ensure_locked(data_dir: Path) -> str:
         raise StoreError(
             "MongoDB runs, but the file with its port is gone", where=str(home / "port"), mend="al-loop down"
         )
+    elif not _key(home) and _asks_who(server):
+        raise StoreError(
+            "MongoDB runs, but the file with its key is gone", where=str(home / "key"), mend="al-loop down"
+        )
     else:
         log_start = _log_end(home)
     _wait_for_primary(home, port, log_start)
-    return _uri(port)
+    process = _server(home)
+    if process is None:
+        raise StoreError("MongoDB ended after its start", where=str(home / "mongod.log"))
+    return _uri(home, process, port)
 
 
 def _choose_port(home: Path) -> int:
@@ -217,9 +271,11 @@ def _log_end(home: Path) -> int:
 def _launch(home: Path, port: int, log_start: int) -> None:
     """Starts the server; mongod's own ``--fork`` detaches it (own session) and returns once it listens."""
     log = home / "mongod.log"
+    _make_key(home)
     command = [
         str(find_mongod()), "--fork", "--dbpath", str(home / "db"), "--logpath", str(log), "--logappend",
         "--port", str(port), "--bind_ip", LOOPBACK, "--nounixsocket", "--replSet", REPLICA_SET,
+        "--keyFile", str(home / "key"),
         "--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "128",
         "--setParameter", "diagnosticDataCollectionEnabled=false",
         "--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100",
@@ -287,16 +343,22 @@ def _decisive_line(log: Path, start: int) -> str:
     return ""
 
 
-def _client(port: int) -> Any:
+def _client(home: Path, port: int, user: str = "__system") -> Any:
+    """A client of our own user or, as nobody is there at first, of the one that the key itself stands for."""
     from pymongo import MongoClient
 
-    return MongoClient(LOOPBACK, port, directConnection=True, serverSelectionTimeoutMS=1000, connectTimeoutMS=1000)
+    process = _server(home)
+    who: dict[str, Any] = {"serverSelectionTimeoutMS": 1000, "connectTimeoutMS": 1000}
+    if process is not None and _asks_who(process):
+        source = "local" if user == "__system" else "admin"
+        who |= {"username": user, "password": _key(home), "authSource": source, "authMechanism": "SCRAM-SHA-256"}
+    return MongoClient(LOOPBACK, port, directConnection=True, **who)
 
 
-def _takes_writes(port: int) -> bool:
+def _takes_writes(home: Path, port: int) -> bool:
     from pymongo.errors import PyMongoError
 
-    client = _client(port)
+    client = _client(home, port, USER)
     try:
         return bool(client.admin.command("hello").get("isWritablePrimary"))
     except PyMongoError:
@@ -309,7 +371,7 @@ def _wait_for_primary(home: Path, port: int, log_start: int) -> None:
     """Waits for the server to be primary; makes it one at its first start or after its port was changed."""
     from pymongo.errors import PyMongoError
 
-    client = _client(port)
+    client = _client(home, port)
     obstacle: PyMongoError | None = None
     log = home / "mongod.log"
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -320,6 +382,7 @@ def _wait_for_primary(home: Path, port: int, log_start: int) -> None:
             try:
                 hello = client.admin.command("hello")
                 if hello.get("isWritablePrimary") and f"{LOOPBACK}:{port}" == hello.get("me"):
+                    _let_us_in(home, client)
                     return
                 if hello.get("isreplicaset"):  # not initiated, or initiated under another port
                     _configure(client, port)
@@ -329,6 +392,16 @@ def _wait_for_primary(home: Path, port: int, log_start: int) -> None:
     finally:
         client.close()
     raise StoreError(f"MongoDB took no writes within {START_TIMEOUT_S:.0f} s: {obstacle}", where=str(log))
+
+
+def _let_us_in(home: Path, client: Any) -> None:
+    """Makes the user of our addresses, in a database of before there was one, too."""
+    process = _server(home)
+    if process is None or not _asks_who(process):
+        return
+    word = {"pwd": _key(home), "roles": ["root"], "mechanisms": ["SCRAM-SHA-256"]}
+    known = client.admin.command("usersInfo", USER)["users"]
+    client.admin.command("updateUser" if known else "createUser", USER, **word)
 
 
 def _configure(client: Any, port: int) -> None:

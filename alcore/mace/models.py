@@ -25,6 +25,8 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 from e3nn import o3
 
+from alcore.mace.trust import Trust, read_model
+
 # A long-lived process pays TorchScript's profiling for nothing: it makes the second call of every model slow.
 torch._C._jit_set_profiling_executor(False)
 
@@ -97,54 +99,77 @@ def build_model(
     return freeze(model.to(dtype))
 
 
-def load_foundation(source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Foundation:
+    """A pre-trained MACE and the file it came from.
+
+    Attributes:
+        file: its name.
+        sha256: of the very bytes that were loaded.
+    """
+
+    model: torch.nn.Module
+    file: str
+    sha256: str
+
+
+def load_foundation(
+    source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float64, trust: Trust | None = None
+) -> torch.nn.Module:
+    """The model of ``open_foundation``."""
+    return open_foundation(source, device=device, dtype=dtype, trust=trust).model
+
+
+def open_foundation(
+    source: str, *, device: str = "cpu", dtype: torch.dtype = torch.float64, trust: Trust | None = None
+) -> Foundation:
     """A pre-trained MACE: a ``.model`` file, or a name mace-torch knows (downloaded by it at first use).
 
+    Args:
+        source: path or name.
+        device: where the model goes.
+        dtype: its precision there.
+        trust: who vouches for files that run code when they are loaded; nobody where None.
+
     Raises:
-        ModelError: no such file, not a MACE energy model, or the name cannot be had (no network).
+        ModelError: no such file, not a MACE energy model, not one that can be loaded without running code in it and
+            nobody vouches for it, or the name cannot be had (no network).
     """
+    where = "model.foundation"
     path = Path(source).expanduser()
-    if path.suffix == ".model" or path.exists() or "/" in source:
-        if not path.is_file():
-            raise ModelError(
-                f"no such model file: {source}", where="model.foundation", mend="give an existing .model file"
-            )
-        warnings.warn(
-            f"{path.name} is loaded with pickle, which can run code: use only model files you trust "
-            f"(sha256 {sha256_hex(path.read_bytes())[:16]}…)",
-            stacklevel=2,
-        )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = torch.load(path, map_location=device, weights_only=False)
-        except Exception as error:
-            raise ModelError(
-                f"{source} cannot be read as a MACE model: {error}",
-                where="model.foundation",
-                mend="give a file mace-torch has written",
-            ) from error
-    else:
-        model = _download(source, device)
+    if not (path.suffix == ".model" or path.exists() or "/" in source):
+        path = _download(source)
+    elif not path.is_file():
+        raise ModelError(f"no such model file: {source}", where=where, mend="give an existing .model file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{source} cannot be read: {error.strerror}", where=where, mend="mend its rights") from error
+    model = read_model(data, path.name, trust or Trust(), where)
     if not hasattr(model, "atomic_numbers") or not hasattr(model, "readouts"):
-        raise ModelError(
-            f"{source} is not a MACE energy model", where="model.foundation", mend="give a MACE .model file"
-        )
-    return freeze(model.to(device=device, dtype=dtype))
+        raise ModelError(f"{source} is not a MACE energy model", where=where, mend="give a MACE .model file")
+    return Foundation(model=freeze(model.to(device=device, dtype=dtype)), file=path.name, sha256=sha256_hex(data))
 
 
-def _download(name: str, device: str) -> torch.nn.Module:
-    from mace.calculators.foundations_models import mace_mp
+def _download(name: str) -> Path:
+    """The file of that name in mace-torch's cache, which it fetches if need be; mace-torch does not open it."""
+    from mace.calculators.foundations_models import download_mace_mp_checkpoint, mace_mp_names
 
     try:
-        model: torch.nn.Module = mace_mp(model=name, return_raw_model=True, device=device)
+        if name not in mace_mp_names:  # mace-torch would take it for an address
+            raise ModelError("mace-torch knows no such name")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            path = Path(download_mace_mp_checkpoint(name))
     except Exception as error:
         raise ModelError(
             f"foundation model '{name}' cannot be had: {error}",
             where="model.foundation",
             mend="check the name and the network, or give a .model file; null makes a small MACE of your own",
         ) from error
-    return model
+    for line in said.getvalue().splitlines():  # the licences of some of them
+        if "license" in line.lower():
+            warnings.warn(line.strip(), stacklevel=3)
+    return path
 
 
 def freeze(model: torch.nn.Module) -> torch.nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from pymongo import MongoClient
+from pymongo.errors import OperationFailure
 
 from alcore.errors import StoreError
 from storage import mongod
@@ -155,3 +157,67 @@ def test_a_read_only_folder_is_an_input_error(tmp_path: Path) -> None:
         data_dir = Path("/proc/self")
     with pytest.raises(StoreError, match="cannot keep a database here"):
         ensure_mongod(data_dir)
+
+
+def test_other_users_of_the_machine_are_kept_out(own_server: Path) -> None:
+    """They reach the loopback, but neither the data without the key, nor the key."""
+    umask = os.umask(0)
+    try:
+        uri = ensure_mongod(own_server)
+    finally:
+        os.umask(umask)
+    status = mongod_status(own_server)
+    assert status.uri == uri
+    for command in ({"find": "labels"}, {"listCollections": 1}, {"insert": "labels", "documents": [{}]}):
+        with (
+            MongoClient("127.0.0.1", status.port, directConnection=True) as outsider,
+            pytest.raises(OperationFailure, match="requires authentication"),
+        ):
+            outsider.al_loop.command(command)
+    home = own_server / "mongodb"
+    key = (home / "key").read_text().strip()
+    assert len(key) == 64
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (own_server, home, home / "db", home / "key")}
+    assert modes == {own_server.name: 0o700, "mongodb": 0o700, "db": 0o700, "key": 0o600}
+    assert key not in " ".join(psutil.Process(status.pid).cmdline())
+    assert key not in (home / "mongod.log").read_text()
+
+
+def test_a_database_of_before_there_was_a_key_goes_on(own_server: Path, records: Any) -> None:
+    """While the server of an older version runs it is used as it is; the next start asks for the key."""
+    old = f"{own_server}/mongodb/db"
+    Path(old).mkdir(parents=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (own_server / "mongodb" / "port").write_text(f"{port}\n")
+    words = ["--fork", "--dbpath", old, "--logpath", f"{own_server}/mongodb/mongod.log", "--port", str(port)]
+    command = [str(mongod.find_mongod()), *words, "--bind_ip", "127.0.0.1", "--nounixsocket", "--replSet", "rs0"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    store = open_store(None, own_server)
+    store.save_label(records.label())
+    store.close()
+    assert "@" not in mongod_status(own_server).uri
+    assert stop_mongod(own_server)
+    store = open_store(None, own_server)
+    assert "@" in mongod_status(own_server).uri
+    assert store.count_labels_by_status(None) == {"ok": 1}
+    store.close()
+    (own_server / "mongodb" / "key").unlink()
+    with pytest.raises(StoreError, match=r"the file with its key is gone .*al-loop down"):
+        ensure_mongod(own_server)
+    stop_mongod(own_server)
+    store = open_store(None, own_server)  # with a new key
+    assert store.count_labels_by_status(None) == {"ok": 1}
+    store.close()
+
+
+def test_a_start_that_was_killed_before_we_were_let_in_is_finished(own_server: Path) -> None:
+    ensure_mongod(own_server)
+    port = mongod_status(own_server).port
+    assert port is not None
+    system = mongod._client(own_server / "mongodb", port)
+    system.admin.command("dropUser", mongod.USER)
+    system.close()
+    with MongoClient(ensure_mongod(own_server)) as client:
+        assert client.al_loop.labels.find_one() is None

@@ -76,13 +76,11 @@ def test_a_missing_element_is_named(lively_model: Any) -> None:
 
 def test_a_foundation_model_is_read_from_its_file(tmp_path: Path, lively_model: Any) -> None:
     torch.save(lively_model, tmp_path / "mine.model")
-    with pytest.warns(UserWarning, match="only model files you trust"):
-        loaded = load_foundation(str(tmp_path / "mine.model"))
+    loaded = load_foundation(str(tmp_path / "mine.model"))
     assert weights_sha256(loaded) == weights_sha256(lively_model)
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*only model files you trust.*")
 def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model file"):
         load_foundation(str(tmp_path / "missing.model"))
