@@ -75,9 +75,11 @@ def plain_settings(settings: RunSettings) -> dict[str, Any]:
 
 
 def _question(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that must not differ. Of end states the content counts, not where their files lie."""
+    """Settings that must not differ. Of end states the content counts, not where their files lie; that a model file is
+    trusted does not make it another one (the trainer knows it by its weights)."""
     paths = [{**path, "initial": None, "final": None} for path in values.get("paths", [])]
-    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"paths": paths}
+    model = {key: value for key, value in values.get("model", {}).items() if key != "foundation_sha256"}
+    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"paths": paths, "model": model}
 
 
 def _with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from alcore.errors import InputError, RunBusyError
-from alcore.identity import json_sha256
+from alcore.identity import json_sha256, label_key
 from alcore.plain import from_plain
 from alcore.types import GenerationRecord, Label, RunRecord
 from flows import export_format as form
@@ -97,6 +97,8 @@ class Export:
 
         def read(values: dict[str, Any]) -> tuple[Label, datetime | None]:
             label, created = from_plain(Label, values["label"]), values["created"]
+            if label.key != label_key(label.structure, label.fingerprint):
+                raise ValueError(f"the key {label.key[:12]} is not that of its structure and calculator")
             if label.details.get("computed_by") == self.manifest.run:
                 label = replace(label, details={**label.details, "computed_by": self.name})
             _storable(label, lambda store: store.save_label(label))

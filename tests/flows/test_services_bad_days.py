@@ -79,7 +79,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(place)], check=False)
 
 
-def test_two_ups_and_an_up_during_a_down_leave_one_set(services: Any, module_folder: Path) -> None:
+def test_two_ups_at_once_leave_one_set(services: Any, module_folder: Path) -> None:
     home = environment.data_dir()
     one = {name: len(pids) for name, pids in running(home).items()}
     assert one == {"server": 1, "worker": 1, "mongod": 1}

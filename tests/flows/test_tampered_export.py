@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from alcore.identity import json_sha256
+from alcore.identity import json_sha256, label_key
 from alcore.types import GenerationRecord, Label, PathRecord, RunRecord, Structure
 from flows import export_format as form
 from flows.cli import app
@@ -38,8 +38,9 @@ def exported(tmp_path: Path) -> Path:
         pbc=np.ones(3, bool),
         fixed=np.zeros((1, 3), bool),
     )
-    sound = Label(key="a" * 64, structure=atom, status="ok", fingerprint="f", calculator="emt", energy_ev=-1.0)
-    failed = Label(key="b" * 64, structure=atom, status="crashed", fingerprint="f", calculator="emt")
+    keys = [label_key(atom, "f"), label_key(atom, "g")]
+    sound = Label(key=keys[0], structure=atom, status="ok", fingerprint="f", calculator="emt", energy_ev=-1.0)
+    failed = Label(key=keys[1], structure=atom, status="crashed", fingerprint="g", calculator="emt")
     for label in (sound, failed):
         store.save_label(label, "hop")
     path = PathRecord(path="p", initial=atom, final=atom, label_keys=(sound.key, failed.key))
@@ -167,6 +168,7 @@ def edited(file: Path, number: int, change: Callable[[dict[str, Any]], Any]) -> 
         ("labels.jsonl", 1, lambda v: v["label"].update(structure=3), "argument of type 'int'"),
         ("labels.jsonl", 1, lambda v: v.update(created="today"), "Invalid isoformat string"),
         ("labels.jsonl", 0, lambda v: v.pop("label"), "'label'"),
+        ("labels.jsonl", 0, lambda v: v["label"].update(fingerprint="other"), "is not that of its structure"),
         ("generations.jsonl", 2, lambda v: v.update(index=0), "generation 0 comes after 1"),
         ("generations.jsonl", 0, lambda v: v["paths"][0].update(path="../p"), "'../p' is no name of a hop"),
         ("generations.jsonl", 0, lambda v: v.update(run="other"), "it belongs to the run 'other'"),
