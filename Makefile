@@ -1,7 +1,7 @@
 # al-loop: `make help` lists what there is. Everything lives in .venv; a stamp there remembers what it was installed from.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run stop install install-dft test test-slow lint format clean system-libraries dft-libraries
+.PHONY: help run stop install install-dft test test-slow crash-test lint format clean system-libraries dft-libraries
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c config/co
 # Options of pip for torch alone, e.g. to take its CPU build from an index that has one.
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+# How often `make crash-test` kills, and the seed of its random moments.
+KILLS ?= 100
+SEED ?= 0
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +33,9 @@ test: $(STAMP)  ## the quick tests
 
 test-slow: $(STAMP)  ## all tests, those with the long ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+crash-test: $(STAMP)  ## kill runs KILLS=100 times at random moments (SEED=0), count what was lost and what was done twice
+	$(BIN)/python tests/crash/campaign.py --kills $(KILLS) --seed $(SEED)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check
