@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c config/co
 # Options of pip for torch alone, e.g. to take its CPU build from an index that has one.
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+# How many test modules run at once.
+TEST_WORKERS ?= 2
 # How often `make crash-test` kills, and the seed of its random moments.
 KILLS ?= 100
 SEED ?= 0
@@ -29,7 +31,7 @@ install: $(STAMP)  ## make .venv and install what is pinned
 install-dft: $(DFT_STAMP)  ## add GPAW (built here: libxc, OpenBLAS, a C compiler), D3 and what the vasp calculator uses
 
 test: $(STAMP)  ## the quick tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## all tests, those with the long ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -240,7 +240,22 @@ def _labels_view(keys: Mapping[str, str], labels: Mapping[str, Any], *, named: s
         "stored (UTC)",
         "code",
     ]
-    return _table([*(["role"] if named == "role" else []), *columns], rows)
+    return _without_constants([*(["role"] if named == "role" else []), *columns], rows)
+
+
+def _without_constants(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
+    """A table whose columns on where labels come from are said once where they are the same for all."""
+    from rich.console import Group
+
+    same = {
+        column: values.pop()
+        for k, column in enumerate(columns)
+        if column in ("calculator", "fingerprint", "code") and len(values := {row[k] for row in rows}) == 1
+    }
+    kept = [k for k, column in enumerate(columns) if column not in same]
+    table = _table([columns[k] for k in kept], [[row[k] for k in kept] for row in rows])
+    said = ", ".join(f"{column} {value}" for column, value in same.items() if value)
+    return Group(table, _line(f"    all by {said}")) if said else table
 
 
 def _sittings_view(sittings: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -118,6 +118,9 @@ from flows.session import open_record_store
 folder, run, keys = Path(sys.argv[2]), sys.argv[3], [int(k) for k in sys.argv[4].split(",")]
 asker = t.Asker(open_record_store(None), folder, run=run, lease_s=float(sys.argv[5]))
 random.Random(run).shuffle(keys)
+(folder / f"ready-{run}").touch()
+while (folder / "wait").exists():
+    t.time.sleep(0.005)
 with t.ThreadPoolExecutor(4) as threads:
     labels = list(threads.map(asker.label, keys))
 assert [label.key for label in labels] == [t.key(k) for k in keys]
@@ -166,7 +169,10 @@ def test_threads_of_several_runs_compute_every_label_once(store: MongoStore, tmp
 
 def test_processes_compute_every_label_once(store: MongoStore, tmp_path: Path, others: Others) -> None:
     keys = list(range(15))
+    (tmp_path / "wait").touch()
     processes = [others.start(f"run-{i}", keys) for i in range(3)]
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3)
+    (tmp_path / "wait").unlink()
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

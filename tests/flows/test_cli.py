@@ -36,7 +36,21 @@ from flows.runfile import load_run_file
 from flows.settings import RunSettings
 from storage.memory import MemoryStore
 
-VERBS = ("init", "check", "run", "cancel", "up", "down", "status", "show", "report", "export", "import", "calculators")
+VERBS = (
+    "init",
+    "check",
+    "run",
+    "cancel",
+    "up",
+    "down",
+    "status",
+    "show",
+    "report",
+    "export",
+    "import",
+    "gc",
+    "calculators",
+)
 HEAVY = ("torch", "mace", "prefect", "mongoengine", "pymongo", "ase", "numpy", "matplotlib", "pyiron_base")
 
 
@@ -98,7 +112,6 @@ def test_version() -> None:
         (["pretrain", "x.yaml"], "al-loop pretrain: not available yet (there is: init check run "),
         (["benchmark", "bench.yaml"], "al-loop benchmark: not available yet"),
         (["pretrain"], "al-loop pretrain: not available yet"),
-        (["gc"], "al-loop gc: not available yet"),
         (["import", "gone"], "gone: no such folder (name the folder that `al-loop export` wrote)"),
         (["chek", "run.yaml"], "al-loop chek: no such verb (did you mean `al-loop check`?)"),
         (["run"], "al-loop run: Missing argument 'RUN.yaml'. (see `al-loop run --help`)"),
@@ -281,7 +294,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
 
 def test_status_counts_labels_by_status(store: MemoryStore) -> None:
     (row,) = json.loads(al_loop("status", "--json").stdout)
-    assert (row["name"], row["status"], row["generations"], row["n_reference_calls"]) == ("hop", "running", 1, 3)
+    assert (row["name"], row["status"], row["generations"], row["n_reference_calls"]) == ("hop", "abandoned", 1, 3)
     assert row["labels"] == {"ok": 2, "timeout": 1}
     assert row["paths"][0]["barrier_forward_ev"] is None
     (one,) = json.loads(al_loop("status", "hop", "--json").stdout)
