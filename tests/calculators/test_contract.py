@@ -74,6 +74,7 @@ def test_contract(case: str) -> None:
     assert {check.check for check in checks} & WITH_A_CHARGE == expected.get(name, set())
 
 
+@pytest.mark.slow
 def test_contract_of_a_mace_file(tiny_mace: Path) -> None:
     assert_kept(run_contract("mace", {"model": str(tiny_mace)}, copper_aluminium()))
 

@@ -202,6 +202,7 @@ def test_a_database_of_a_newer_version_is_one_line(tmp_path: Path) -> None:
         stop_mongod(tmp_path)
 
 
+@pytest.mark.slow
 def test_files_of_the_future_are_read_as_they_are(services: Any) -> None:
     home = environment.data_dir()
     before = running(home)

@@ -162,6 +162,7 @@ def test_killed_at_any_write_the_next_process_goes_on_to_the_same(
     assert kills >= 6
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(done=st.sets(st.integers(0, 10)), runs=st.sets(st.sampled_from(["quickstart", "stopped"])))
 def test_half_done_is_brought_to_the_same(new_old: NewOld, done: set[int], runs: set[str]) -> None:
