@@ -14,9 +14,10 @@ from functools import partial
 
 from alcore.barrier import count_calls, total_calls
 from alcore.dataset import grow
+from alcore.errors import StoreError
 from alcore.identity import label_key
 from alcore.neb import interpolate
-from alcore.plain import from_plain, to_plain
+from alcore.plain import from_plain
 from alcore.probe import Probe, ProbeSpec, probe_path
 from alcore.spin import path_jumps
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
@@ -35,6 +36,8 @@ from alcore.uncertainty import calibrate
 from alcore.verdict import measure
 from alcore.vetting import vet
 
+PUT_ASIDE = "look below spool/ in the data folder for what could not be delivered, or begin under another name"
+
 
 def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: Sequence[Label] = ()) -> LoopState:
     """The state to start from: empty, or as the store remembers it after the last completed generation.
@@ -44,6 +47,9 @@ def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: 
         spec: the loop's settings.
         shop: what to work with.
         given: labels the user brought along; they start the data set and count as no call.
+
+    Raises:
+        StoreError: something of the run is missing in the store.
     """
     bands = {pair.name: interpolate(pair, spec.neb) for pair in pairs}
     samples = [pair.initial.moved(place) for pair in pairs for place in bands[pair.name]]
@@ -58,6 +64,9 @@ def begin(pairs: Sequence[EndpointPair], spec: LoopSpec, shop: Workshop, given: 
     for label in given:
         shop.store.save_label(label, spec.run)
     records = shop.store.load_generations(spec.run)
+    if [record.index for record in records] != list(range(len(records))):
+        known = ", ".join(str(record.index) for record in records)
+        raise StoreError(f"a generation is missing: there are {known}", where=f"run '{spec.run}'", mend=PUT_ASIDE)
     if not records:
         return replace(fresh, surrogate=shop.trainer.finish(fresh.surrogate, {}, fresh.dataset, ()))
     return _resumed(fresh, tuple(records), shop, spec.run)
@@ -68,6 +77,9 @@ def _resumed(fresh: LoopState, records: tuple[GenerationRecord, ...], shop: Work
     kinds = {key: kind for record in records for key, kind in record.kinds.items()}
     keys = list(dict.fromkeys([*last.label_keys, *kinds]))
     stored = {key: _owned(label, run) for key, label in shop.store.load_labels(keys).items()}
+    if missing := [key for key in last.label_keys if key not in stored]:
+        told = f"{len(missing)} labels of generation {last.index} are missing, the first is {missing[0][:12]}"
+        raise StoreError(told, where=f"run '{run}'", mend=PUT_ASIDE)
     asked = {key: (kinds.get(key, "data"), stored[key]) for key in keys if key in stored}
     dataset = grow(Dataset(), [stored[key] for key in last.label_keys])
     pairs = {
@@ -137,7 +149,12 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
                 "probe",
                 open_paths,
                 lambda name: _probe(name, state, probe_spec, shop),
-                inputs={"spec": to_plain(probe_spec), "learned": state.surrogate.describe()},
+                inputs={
+                    "spec": probe_spec,
+                    "learned": state.surrogate.describe(),
+                    "hops": [state.pairs[name] for name in open_paths],
+                    "calculator": shop.labeler.fingerprint,
+                },
                 unpack=partial(from_plain, Probe),
             )
         probes = dict(zip(open_paths, probed, strict=True))

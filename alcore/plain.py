@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
+from alcore.identity import json_sha256, sha256_hex
+
 T = TypeVar("T")
 
 
@@ -32,6 +34,21 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     raise TypeError(f"a {type(value).__name__} is no plain value")
+
+
+def plain_sha256(value: Any) -> str:
+    """Hash of ``value``, arrays and bytes by every bit; raises as ``to_plain``."""
+
+    def exact(item: Any) -> Any:
+        if isinstance(item, np.ndarray):
+            return [item.dtype.str, list(item.shape), sha256_hex(item.tobytes())]
+        if isinstance(item, bytes):
+            return sha256_hex(item)
+        if isinstance(item, list):
+            return [exact(each) for each in item]
+        return {key: exact(each) for key, each in item.items()} if isinstance(item, dict) else item
+
+    return json_sha256({"value": exact(to_plain(value))})
 
 
 def from_plain(kind: type[T], plain: Mapping[str, Any]) -> T:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from alcore.identity import json_sha256
-from alcore.plain import to_plain
+from alcore.plain import plain_sha256, to_plain
 from alcore.protocols import StepName
 from alcore.state import Workshop
 
@@ -44,11 +43,11 @@ class Steps:
             step: which step.
             names: of its parts.
             work: does one.
-            inputs: plain values that decide what comes of it, beside the generations before and the run's settings.
+            inputs: what decides what comes of it, beside the generations before and the run's settings.
             unpack: undoes ``pack``.
             pack: makes a result plain (``alcore.plain``).
         """
-        wanted = json_sha256(to_plain(inputs))
+        wanted = plain_sha256(inputs)
 
         def once(name: str) -> T:
             place = f"{step}/{name}"

@@ -47,7 +47,7 @@ class Owner:
         host: name of the machine, for a person.
         machine: what ``pid`` is unique in (``this_machine``); "" if unknown.
         pid: the process.
-        created: when that process started, seconds since the epoch.
+        created, ticks: when it started: by the clock, which may jump, and since the boot (None if unknown).
         run: what it works on, for a person.
     """
 
@@ -55,6 +55,7 @@ class Owner:
     machine: str
     pid: int
     created: float
+    ticks: int | None
     run: str
 
     @property
@@ -78,22 +79,29 @@ def this_machine() -> str:
 
 def new_owner(run: str) -> str:
     """A name for this process as owner of one lease: unique, and enough to see whether the process still lives."""
-    created = psutil.Process().create_time()
-    return f"{uuid.uuid4().hex}|{environment.host()}|{this_machine()}|{os.getpid()}|{created:.2f}|{run}"
+    mine = processes.identity(psutil.Process())
+    born = f"{mine['created']:.2f}|{mine.get('ticks', '')}"
+    return f"{uuid.uuid4().hex}|{environment.host()}|{this_machine()}|{os.getpid()}|{born}|{run}"
 
 
 def read_owner(owner: str) -> Owner | None:
     """What ``new_owner`` wrote, or None if it was somebody else."""
     with suppress(ValueError):
-        _, host, machine, pid, created, run = owner.split("|", 5)
-        return Owner(host=host, machine=machine, pid=int(pid), created=float(created), run=run)
+        _, host, machine, pid, created, ticks, run = owner.split("|", 6)
+        born = int(ticks) if ticks else None
+        return Owner(host=host, machine=machine, pid=int(pid), created=float(created), ticks=born, run=run)
     return None
 
 
 def is_dead(owner: str) -> bool:
     """Whether the owner was a process of this very machine that is no more; False where that cannot be known."""
     who = read_owner(owner)
-    return who is not None and who.is_here and processes.find({"pid": who.pid, "created": who.created}) is None
+    if who is None or not who.is_here:
+        return False
+    remembered: dict[str, object] = {"pid": who.pid, "created": who.created}
+    if who.ticks is not None:
+        remembered |= {"ticks": who.ticks, "boot": who.machine.partition("/")[0]}
+    return processes.find(remembered) is None
 
 
 def live_runs(store: LeaseStore) -> set[str]:

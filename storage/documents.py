@@ -26,6 +26,8 @@ from mongoengine import (
 
 from storage.fields import ArrayField, PlainField
 
+REMOVED = " (removed)"
+"""Behind the name of the run that computed a label, once there is no such run any more."""
 SCHEMA_VERSION = 2
 SCHEMA_COLLECTION = "schema"
 BLOB_COLLECTION = "blobs"

@@ -14,7 +14,7 @@ from alcore.errors import StoreError
 from alcore.identity import sha256_hex
 from alcore.types import GenerationRecord, Label, RunRecord
 from storage import mapping, queries
-from storage.documents import BandDocument, GenerationDocument, LabelDocument, RunDocument
+from storage.documents import REMOVED, BandDocument, GenerationDocument, LabelDocument, RunDocument
 from storage.fields import decode_plain, encode_plain
 from storage.leases import MemoryLeases
 from storage.provenance import Provenance, provenance_from_rows, rows_of_parts
@@ -55,7 +55,11 @@ class MemoryStore(MemoryLeases):
             self._generations.pop(name, None)
             for place in [place for place in self._steps if place[0] == name]:
                 del self._steps[place]
-            for _, runs in self._labels.values():
+            for key, (son, runs) in self._labels.items():
+                label = decode(son)
+                if name in runs and label.get("details", {}).get("computed_by") == name:
+                    label["details"]["computed_by"] = f"{name}{REMOVED}"
+                    self._labels[key] = (encode(label), runs)
                 runs.discard(name)
             return self._runs.pop(name, None) is not None
 

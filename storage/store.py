@@ -29,6 +29,7 @@ from alcore.types import GenerationRecord, Label, RunRecord
 from storage import mapping, queries
 from storage.documents import (
     BLOB_COLLECTION,
+    REMOVED,
     BandDocument,
     GenerationDocument,
     LabelDocument,
@@ -191,7 +192,10 @@ class MongoStore:
         def work(session: ClientSession | None) -> bool:
             for kind in (GenerationDocument, BandDocument, StepDocument):
                 self._collection(kind).delete_many({"run": name}, session=session)
-            self._collection(LabelDocument).update_many({"runs": name}, {"$pull": {"runs": name}}, session=session)
+            labels = self._collection(LabelDocument)
+            mine = {"runs": name, "details.computed_by": name}  # a new run of that name has not computed them
+            labels.update_many(mine, {"$set": {"details.computed_by": f"{name}{REMOVED}"}}, session=session)
+            labels.update_many({"runs": name}, {"$pull": {"runs": name}}, session=session)
             return bool(self._collection(RunDocument).delete_one({"_id": name}, session=session).deleted_count)
 
         return self._atomically(work)

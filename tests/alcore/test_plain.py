@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alcore.plain import from_plain, to_plain
+from alcore.plain import from_plain, plain_sha256, to_plain
 from alcore.probe import Probe
 from alcore.types import Band, Calibration, Candidate, Decision, PathRecord, Residual, RunRecord, Sitting, Structure
 
@@ -103,3 +103,13 @@ def test_what_is_not_plain_is_refused() -> None:
 
     with pytest.raises(TypeError, match="a object is no plain value"):
         to_plain(Odd(model=object()))
+
+
+def test_the_hash_sees_every_bit_of_an_array() -> None:
+    long = np.linspace(0.0, 1.0, 5000)
+    other = long.copy()
+    other[2500] = np.nextafter(other[2500], 2.0)
+    same = {"atoms": [long.copy()], "name": "hop"}
+    assert plain_sha256({"name": "hop", "atoms": (long,)}) == plain_sha256(same)
+    hashes = [plain_sha256({"atoms": [array], "name": "hop"}) for array in (long, other, long.reshape(50, 100))]
+    assert len(set(hashes)) == 3

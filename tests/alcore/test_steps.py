@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from alcore.errors import StoreError
 from alcore.loop import begin, run_loop
 from alcore.mace.trainer import MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
@@ -134,6 +135,7 @@ def test_killed_at_a_write_it_ends_as_if_nothing_had_happened(
     ), "only what was in flight is done again"
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_gets_there(whole: tuple[list[Any], Place], place: Callable[[], Place]) -> None:
     """Each process does a few writes and dies; a completed step is never done twice."""
     expected, unbroken = whole
@@ -149,6 +151,36 @@ def test_killed_again_and_again_it_gets_there(whole: tuple[list[Any], Place], pl
     assert timeless(mortal.store.load_generations("au")) == expected
     assert mortal.labeler.calls == unbroken.labeler.calls
     assert mortal.trained == unbroken.trained
+
+
+def test_a_probe_of_other_end_states_is_not_taken(place: Callable[[], Place]) -> None:
+    """Killed in its first generation, then called again with a corrected end state."""
+    home = place()
+    with pytest.raises(Killed):
+        home.run(2, after=True)
+    assert home.store.load_step("au", 0, "probe/hop") is not None
+    shift = np.where(home.pair.final.fixed, 0.0, 0.01)
+    home.pair = replace(home.pair, final=home.pair.final.moved(home.pair.final.positions + shift))
+    home.run()
+    first = home.store.load_generations("au")[0]
+    final = home.store.load_labels(first.label_keys)[first.label_keys[1]]
+    assert np.array_equal(final.structure.positions, home.pair.final.positions)
+
+
+def test_a_hole_in_what_is_stored_ends_the_run_before_anything_is_overwritten(
+    whole: tuple[list[Any], Place], place: Callable[[], Place]
+) -> None:
+    _, unbroken = whole
+    stored = unbroken.store.load_generations("au")
+    holed, unlabelled = place(), place()
+    for record in stored:
+        if record.index != 2:
+            holed.store.save_generation(record)
+        unlabelled.store.save_generation(record)
+    with pytest.raises(StoreError, match="run 'au': a generation is missing: there are 0, 1, 3"):
+        holed.run()
+    with pytest.raises(StoreError, match=r"labels of generation 5 are missing, the first is \w{12}"):
+        unlabelled.run()
 
 
 def test_steps_of_finished_generations_are_forgotten(whole: tuple[list[Any], Place]) -> None:

@@ -28,7 +28,7 @@ from storage.memory import MemoryStore
 from storage.store import MongoStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = "x|node7|another boot|42|0.0|theirs"
+ELSEWHERE = "x|node7|another boot|42|0.0||theirs"
 
 
 def structure(k: int) -> Structure:

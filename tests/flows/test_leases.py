@@ -26,7 +26,7 @@ from storage.mongod import stop_mongod
 from storage.store import MongoStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = "x|node7|another boot|42|0.0|theirs"
+ELSEWHERE = "x|node7|another boot|42|0.0||theirs"
 
 
 def wait_until(happened: Callable[[], bool], limit_s: float = 60.0) -> None:
@@ -108,7 +108,7 @@ class Away(MemoryStore):
 # --- who it is --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("owner", ["", "nonsense", "a|b||1|0|r", "a|b|other machine|1|0.0|r", "a|b|c|d|e|f"])
+@pytest.mark.parametrize("owner", ["", "nonsense", "a|b||1|0||r", "a|b|other machine|1|0.0|7|r", "a|b|c|d|e|f|g"])
 def test_only_processes_of_this_very_machine_are_ever_taken_for_dead(owner: str) -> None:
     assert not is_dead(owner)
 
@@ -348,3 +348,11 @@ def test_a_run_that_was_lost_begins_no_further_step() -> None:
             runner.map("probe", 1, ["a"], str.upper)
         assert not lease.is_ours()
     assert store.held_leases("") == {"run/lost": "another"}
+
+
+def test_a_clock_that_jumps_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil reckons a start time from the clock of today."""
+    mine = new_owner("run")
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: real(process) + 3600.0)
+    assert not is_dead(mine)

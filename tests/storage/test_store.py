@@ -153,6 +153,15 @@ def test_a_deleted_run_leaves_its_labels(store: Any, records: Any) -> None:
     assert store.count_labels_by_status("two") == {"ok": 1}
 
 
+def test_what_a_deleted_run_computed_is_not_the_next_one_s_of_that_name(store: Any, records: Any) -> None:
+    mine, borrowed = records.label(1, details={"computed_by": "one"}), records.label(2, details={"computed_by": "two"})
+    for label in (mine, borrowed):
+        store.save_label(label, "one")
+    store.delete_run("one")
+    found = store.load_labels([mine.key, borrowed.key])
+    assert [found[label.key].details["computed_by"] for label in (mine, borrowed)] == ["one (removed)", "two"]
+
+
 def test_a_large_band_is_stored_like_a_small_one(store: RecordStore, same: Any, records: Any) -> None:
     """Two arrays of 8.6 MB each: no document could hold them."""
     big = records.band("hop", n_images=12, n_atoms=30_000)
