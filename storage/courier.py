@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 from alcore.errors import StoreError, StoreUnreachableError
 from alcore.plain import from_plain
 from alcore.types import GenerationRecord, Label, RunRecord
-from storage.faults import refuses_content
+from storage.faults import may_last, refuses_content
 from storage.spool import REFUSED, EntryKind, Spool
 from storage.store import MongoStore
 
@@ -28,6 +29,8 @@ FORGIVEN_S = 300.0
 SETTLE_S = 3.0
 """So long after an outage no lease is taken: those whose leases ran out meanwhile deliver and renew first."""
 CLOSE_S = 5.0
+DOUBTED_TIMES, ASKED_TIMES = 300, 8
+"""What fails so often with an error that may be for ever is put aside (a write), or raised (a question)."""
 
 
 class Courier:
@@ -48,17 +51,26 @@ class Courier:
         self._lock = threading.Lock()
         self._here = threading.Event()
         self._here.set()
+        self._answers = threading.Event()
+        self._answers.set()
         self._stopped, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._why, self._settled = "", 0.0
         self._revive_at, self._revive_pause = 0.0, REVIVE_EVERY_S[0]
         self._releases: list[tuple[str, str]] = []
         self._finished: set[Path] = set()  # delivered or refused, but the disk does not let them go
+        self._refused: dict[Path, StoreError] = {}  # for the writer, if it still waits for the answer
+        self._doubted: Counter[Path] = Counter()
         self._told_disk = float("-inf")
 
     @property
+    def answers(self) -> bool:
+        """Whether the database did when it was last asked; what waits may not be delivered yet."""
+        return self._answers.is_set()
+
+    @property
     def away(self) -> bool:
-        """Whether the database did not answer when it was last asked."""
+        """Whether the database did not answer, or does again but has not yet all that waits."""
         return not self._here.is_set()
 
     def write(self, kind: EntryKind, content: Mapping[str, Any]) -> Path | None:
@@ -68,7 +80,7 @@ class Courier:
             Where it waits; None if the database has it.
 
         Raises:
-            StoreError: it cannot be stored anywhere.
+            StoreError: it cannot be stored anywhere, or the database refuses it (then it stays put aside).
             StoreUnreachableError: neither disk nor database took it until ``stop_waiting``.
         """
         while True:
@@ -83,6 +95,7 @@ class Courier:
                     raise StoreUnreachableError(f"a {kind} could be written nowhere", where=self._place) from error
             else:
                 self.attempt()
+                self._raise_if_refused(file)
                 return file if file.exists() and file not in self._finished else None
 
     def call(self, work: Callable[[], T], *, settle: bool = False) -> T:
@@ -96,7 +109,7 @@ class Courier:
             StoreError: the database refuses it.
             StoreUnreachableError: it was away when ``stop_waiting`` was called.
         """
-        pause = RETRY_S
+        pause, asked = RETRY_S, 0
         while True:
             self._wait_for_it()
             if settle and (rest := self._settled - time.monotonic()) > 0:
@@ -106,6 +119,9 @@ class Courier:
                 return work()
             except StoreUnreachableError as error:
                 self.went_away(error)
+                asked += may_last(error)
+                if asked >= ASKED_TIMES:
+                    raise
                 self._stopped.wait(pause)  # it may answer everything but this
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -148,8 +164,14 @@ class Courier:
                 return
             self._why = error.message
             self._here.clear()
+            self._answers.clear()
             self._thread = threading.Thread(target=self._tend, name="store-delivery", daemon=True)
             self._thread.start()
+
+    def silent(self, error: StoreError) -> None:
+        """It does not answer, whether that was known or not."""
+        self._answers.clear()
+        self.went_away(error)
 
     def stop_waiting(self) -> None:
         """Whoever waits for the database, or will, gets ``StoreUnreachableError``. Writes still go to disk."""
@@ -163,7 +185,6 @@ class Courier:
             self._thread.join(CLOSE_S)
         if (self._spool.files() or self._releases) and self._delivering.acquire(timeout=CLOSE_S):
             try:
-                self._revive_if_due()
                 self._store.ping()
                 self._deliver_all()
             except StoreError as error:
@@ -184,6 +205,14 @@ class Courier:
         while not self._here.wait(0.5):
             if self._stopped.is_set():
                 raise StoreUnreachableError(f"MongoDB is away: {self._why}", where=self._place)
+
+    def _raise_if_refused(self, file: Path) -> None:
+        """Whoever delivered it: this thread, another, or another process."""
+        error, aside = self._refused.pop(file, None), file.with_suffix(REFUSED)
+        if error is None and not aside.exists():
+            return
+        said = "refused by another process" if error is None else error.message
+        raise StoreError(f"{said} (kept as {aside})", where=self._place) from error
 
     def _write_directly(self, kind: EntryKind, content: Mapping[str, Any], disk: OSError) -> bool:
         """The disk does not take it; whether the database did."""
@@ -222,18 +251,22 @@ class Courier:
         try:
             hand_over(self._store, entry.kind, entry.content)
         except StoreError as error:
-            if not refuses_content(error):
+            self._doubted[file] += may_last(error)
+            if not refuses_content(error) and self._doubted[file] < DOUBTED_TIMES:
                 raise StoreUnreachableError(error.message, where=error.where) from error
-            self._spool.put_aside(file, REFUSED, error.message)
-            self._finished.add(file)
+            self._refuse(file, error)
         except (TypeError, ValueError, KeyError) as error:
-            self._spool.put_aside(file, REFUSED, f"{type(error).__name__}: {error}")
-            self._finished.add(file)
+            self._refuse(file, StoreError(f"{type(error).__name__}: {error}"))
         else:
             try:
                 self._spool.done(file)
             except OSError:
                 self._finished.add(file)
+
+    def _refuse(self, file: Path, error: StoreError) -> None:
+        self._refused[file] = error
+        self._finished.add(file)
+        self._spool.put_aside(file, REFUSED, error.message)
 
     def _tend(self) -> None:
         """Until the database is back."""
@@ -259,9 +292,12 @@ class Courier:
         self.attempt()  # what was written since
 
     def _is_back(self) -> bool:
+        answers = False
         try:
             self._revive_if_due()
             self._store.ping()
+            self._answers.set()  # leases can be renewed while what waits, which may be much, is delivered
+            answers = True
             with self._delivering:
                 self._deliver_all()
         except StoreError as error:
@@ -270,6 +306,9 @@ class Courier:
         except Exception as error:  # everybody waits for this thread
             self._why = f"{type(error).__name__}: {error}"
             return False
+        finally:
+            if not answers:
+                self._answers.clear()
         self._settled = time.monotonic() + SETTLE_S
         return True
 
@@ -295,15 +334,17 @@ def hand_over(store: MongoStore, kind: EntryKind, content: Mapping[str, Any]) ->
     match kind:
         case "run":
             run = from_plain(RunRecord, content)
-            _refuse_overtaken(store, run.name, len(run.sittings))
-            store.save_run(run)
+            if not _is_known(store, run):
+                store.save_run(run)
         case "label":
             store.save_label(from_plain(Label, content["label"]), content["run"])
         case "generation":
             record = from_plain(GenerationRecord, content)
-            _refuse_overtaken(store, record.run, record.sitting + 1)
+            if len(_stored(store, record.run).sittings) > record.sitting + 1:
+                raise _overtaken(store, record.run)
             store.save_generation(record)
         case "step":
+            _stored(store, content["run"])
             store.save_step(content["run"], content["generation"], content["name"], content["content"])
         case "forget":
             store.forget_steps(content["run"], content["generation"])
@@ -311,11 +352,36 @@ def hand_over(store: MongoStore, kind: EntryKind, content: Mapping[str, Any]) ->
             store.save_model(content["weights"], dict(content["description"]))
 
 
-def _refuse_overtaken(store: MongoStore, name: str, n_sittings: int) -> None:
-    """A run that went on elsewhere before this was delivered must not become a mixture of both."""
+def _is_known(store: MongoStore, run: RunRecord) -> bool:
+    """Whether the database has what came after it in the same sitting: a file that the disk did not let go.
+
+    Raises:
+        StoreError: the run went on elsewhere, was removed, or made anew; it must not become a mixture.
+    """
+    if run.finished or len(run.sittings) > 1:
+        stored: RunRecord | None = _stored(store, run.name)
+    else:
+        stored = store.load_run(run.name)
+    if stored is None:
+        return False
+    then, now = ([(sitting.started, sitting.host) for sitting in each.sittings] for each in (stored, run))
+    if then != now[: len(then)]:
+        raise _overtaken(store, run.name)
+    return len(then) == len(now) and bool(stored.finished) and not run.finished
+
+
+def _stored(store: MongoStore, name: str) -> RunRecord:
+    """Raises:
+    StoreError: there is no such run (any more).
+    """
     stored = store.load_run(name)
-    if stored is not None and len(stored.sittings) > n_sittings:
-        raise StoreError(f"the run '{name}' has gone on without it since", where=store.address)
+    if stored is None:
+        raise StoreError(f"there is no run '{name}', or no more", where=store.address)
+    return stored
+
+
+def _overtaken(store: MongoStore, name: str) -> StoreError:
+    return StoreError(f"the run '{name}' has gone on without it since", where=store.address)
 
 
 def _writes(n: int) -> str:

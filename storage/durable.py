@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from alcore.identity import sha256_hex
 from alcore.plain import from_plain, to_plain
 from alcore.types import GenerationRecord, Label, RunRecord
 from storage.courier import Courier
-from storage.mongod import ensure_mongod, mongod_status
+from storage.mongod import mongod_status, revive_mongod
 from storage.spool import EntryKind, Spool, spool_name
 from storage.store import MongoStore, open_store
 from storage.uris import address, redact_tree
@@ -177,17 +178,17 @@ class DurableStore:
         return self._courier.call(take, settle=True)
 
     def renew_lease(self, name: str, owner: str, seconds: float) -> bool:
-        """Never waits for a database that is away: a heart has to beat.
+        """Never waits for a database that is away, nor for what it has to be given: a heart has to beat.
 
         Raises:
             StoreUnreachableError: it is.
         """
-        if self._courier.away:
+        if not self._courier.answers:
             raise StoreUnreachableError("MongoDB is away", where=self.mongo.address)
         try:
             return self.mongo.renew_lease(name, owner, seconds)
         except StoreUnreachableError as error:
-            self._courier.went_away(error)
+            self._courier.silent(error)
             raise
 
     def release_lease(self, name: str, owner: str) -> None:
@@ -238,7 +239,7 @@ def open_durable_store(
         spool = Spool(spool_folder(uri, data_dir, database), tell)
         spool.check()
         embedded = _is_embedded(uri, data_dir)
-        revive = (lambda: _revive(data_dir)) if embedded else (lambda: False)
+        revive = (lambda: _revive(data_dir, tell)) if embedded else (lambda: False)
         return DurableStore(store, spool, revive=revive, log=tell)
     except BaseException:
         store.close()
@@ -247,16 +248,23 @@ def open_durable_store(
 
 def spool_folder(uri: str | None, data_dir: Path, database: str = "al_loop") -> Path:
     """Where writes wait for one database: each has its own, so that none ever gets what was meant for another."""
-    place = "embedded" if uri is None or _is_embedded(uri, data_dir) else address(uri)
+    place = "embedded" if uri is None or _is_embedded(uri, data_dir) else _place(uri)
     return data_dir / "spool" / spool_name(place, database)
 
 
 def _is_embedded(uri: str | None, data_dir: Path) -> bool:
-    return uri is None or address(uri) == f"127.0.0.1:{mongod_status(data_dir).port}"
+    return uri is None or _place(uri) == f"127.0.0.1:{mongod_status(data_dir).port}"
 
 
-def _revive(data_dir: Path) -> bool:
+def _place(uri: str) -> str:
+    """Its address; this machine has one name."""
+    return re.sub(r"(^|,)localhost:", r"\g<1>127.0.0.1:", address(uri))
+
+
+def _revive(data_dir: Path, log: Callable[[str], None]) -> bool:
     if mongod_status(data_dir).running:
         return False
-    ensure_mongod(data_dir)
+    if not revive_mongod(data_dir):
+        log("the embedded MongoDB was stopped on purpose: `al-loop up` starts it, and this goes on")
+        return False
     return True

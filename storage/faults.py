@@ -8,7 +8,10 @@ from alcore.errors import StoreError, StoreUnreachableError
 from storage.uris import redact_uri
 
 ACCESS_CODES = {13, 18, 8000}  # unauthorized, authentication failed, the same at Atlas
+DOUBTFUL_CODES = {1, 8, 96}
+"""Internal error, unknown error, operation failed: most pass, some never do."""
 AWAY_CODES = {
+    *DOUBTFUL_CODES,
     *(6, 7, 89, 9001),  # its own network
     *(24, 43, 46, 50, 64, 202, 237, 262, 290),  # too slow just now: locks, cursors and time limits
     *(91, 11600, 11601, 11602),  # shutting down, or a member of the replica set changed its state
@@ -50,6 +53,19 @@ def refuses_content(error: StoreError) -> bool:
         return False
     return not isinstance(cause, PyMongoError) or (
         isinstance(cause, OperationFailure) and cause.code not in ACCESS_CODES
+    )
+
+
+def may_last(error: StoreError) -> bool:
+    """Whether what was taken for an outage may be for ever, and of this one command."""
+    cause = error
+    while isinstance(cause, StoreUnreachableError) and cause.__cause__ is not None:
+        cause = cause.__cause__  # type: ignore[assignment]
+    return (
+        isinstance(cause, OperationFailure)
+        and cause.code in DOUBTFUL_CODES
+        and not any(word in str(cause).lower() for word in AWAY_WORDS)
+        and not any(cause.has_error_label(label) for label in AWAY_LABELS)
     )
 
 

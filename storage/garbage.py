@@ -184,10 +184,5 @@ class Garbage:
         )
 
 
-def remove_findings(findings: Collection[Finding]) -> dict[str, int]:
-    """Removes all; how many there were of each kind."""
-    return {finding.kind: finding.remove() for finding in findings if finding.count}
-
-
 def _mb(entries: Collection[Mapping[str, Any]]) -> float:
     return float(sum(entry.get("size_bytes", 0) for entry in entries) / MB)

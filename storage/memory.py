@@ -57,7 +57,7 @@ class MemoryStore(MemoryLeases):
                 del self._steps[place]
             for key, (son, runs) in self._labels.items():
                 label = decode(son)
-                if name in runs and label.get("details", {}).get("computed_by") == name:
+                if name in self._runs and name in runs and label.get("details", {}).get("computed_by") == name:
                     label["details"]["computed_by"] = f"{name}{REMOVED}"
                     self._labels[key] = (encode(label), runs)
                 runs.discard(name)

@@ -19,7 +19,8 @@ from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
 from alcore.errors import StoreError
-from storage.documents import DOCUMENTS, SCHEMA_COLLECTION, SCHEMA_VERSION
+from storage.documents import BLOB_COLLECTION, DOCUMENTS, SCHEMA_COLLECTION, SCHEMA_VERSION
+from storage.files import FileShelf, inlined
 from storage.leases import MongoLeases
 from storage.queries import count_labels, keys_of_generation, statuses_of
 
@@ -118,8 +119,9 @@ def _count_labels(database: Database[Any], alive: Callable[[], None]) -> None:
     names = {"run": 1, "kinds": 1, "label_keys": 1, "paths.label_keys": 1, "doubts": 1}
     todo = database["generations"].find({"sitting": {"$exists": False}}, names).sort("run", 1)
     writes = []
+    blobs = FileShelf(database, BLOB_COLLECTION)
     for _, group in groupby(todo, key=lambda son: son["run"]):
-        generations = list(group)
+        generations = [inlined(son, blobs.get) for son in group]
         statuses = statuses_of(database, {key for son in generations for key in keys_of_generation(son)})
         for son in generations:
             counts = count_labels(son, statuses)

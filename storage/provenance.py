@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from bson import Int64
+from pymongo.database import Database
 
 from storage.fields import decode_plain
 
 Stages = list[dict[str, Any]]
 
 HEAVY_OF_PATH = ("initial", "final")
+KEYS_PER_QUERY = 5000
+KEYS_OF_GENERATION = ("kinds", "label_keys")
 KEYS_OF_PATH = ("initial_label", "final_label", "saddle_key")
 HEAVY_OF_LABEL = ("structure", "forces", "stress", "magnetic_moments")
 
@@ -65,6 +68,40 @@ def provenance_stages(run: str, generation: int | None) -> Stages:
         *_also("generations", "model", [*members, *_joined("models", "_id")]),
         *_also("generations", "other", [*labels, *helpers, *_joined("runs", "_id")]),
     ]
+
+
+def find_rows(
+    database: Database[Any], run: str, generation: int | None, inlined: Callable[[Any], Any]
+) -> list[dict[str, Any]]:
+    """What ``provenance_stages`` finds, and what it cannot see: the labels that a generation names only in a file.
+
+    Args:
+        database: of an open store.
+        run: its name.
+        generation: index of the latest generation that counts; None: all.
+        inlined: brings back what of a document lies in a file.
+    """
+    found = list(database["runs"].aggregate(provenance_stages(run, generation)))
+    rows = [inlined(row) for row in found]
+    mine = [k for k, row in enumerate(rows) if row["part"] == "generation"]
+    last = max(mine, key=lambda k: rows[k]["index"], default=None)
+    if last is None or all(found[last].get(name) == rows[last].get(name) for name in KEYS_OF_GENERATION):
+        return rows
+    missing = sorted(_keys(rows[last]) - {row["_id"] for row in rows if row["part"] == "label"})
+    without = dict.fromkeys(HEAVY_OF_LABEL, 0)
+    for start in range(0, len(missing), KEYS_PER_QUERY):
+        wanted = {"_id": {"$in": missing[start : start + KEYS_PER_QUERY]}}
+        rows += [{**inlined(label), "part": "label"} for label in database["labels"].find(wanted, without)]
+    named = {row.get("details", {}).get("computed_by") for row in rows if row["part"] == "label"}
+    others = sorted(named - {None, run} - {row["_id"] for row in rows if row["part"] == "other"})
+    rows += [{**other, "part": "other"} for other in database["runs"].find({"_id": {"$in": others}})]
+    return rows
+
+
+def _keys(generation: Mapping[str, Any]) -> set[str]:
+    """Of the labels that count for a generation's barriers."""
+    own = {path.get(name) for path in generation.get("paths", []) for name in KEYS_OF_PATH}
+    return ({*generation.get("kinds", {}), *generation.get("label_keys", [])} | own) - {None}
 
 
 def _joined(collection: str, keys: str) -> Stages:
@@ -135,10 +172,7 @@ def rows_of_parts(
     mine = [g for g in generations if g["run"] == run and (generation is None or g["index"] <= generation)]
     for row in mine:
         yield {**row, "paths": [light(path, HEAVY_OF_PATH) for path in row.get("paths", [])], "part": "generation"}
-    keys: set[str] = set()
-    for row in mine[-1:]:
-        keys |= {*row.get("kinds", {}), *row.get("label_keys", [])}
-        keys |= {path.get(name) for path in row["paths"] for name in KEYS_OF_PATH}
+    keys = _keys(mine[-1]) if mine else set()
     found = [labels[key] for key in keys if key in labels]
     for label in found:
         yield {**light(label, HEAVY_OF_LABEL), "part": "label"}

@@ -11,6 +11,9 @@ from typing import Any
 
 from pymongo.database import Database
 
+from storage.documents import BLOB_COLLECTION
+from storage.files import FileShelf, inlined
+
 KEYS_PER_QUERY = 5000
 OF_RUN = ("status", "reason", "started", "finished")
 OF_GENERATION = ("run", "index", "labels_by_status", "n_reference_calls", "n_labels_reused", "decision")
@@ -71,9 +74,9 @@ def _row(run: Mapping[str, Any], last: Mapping[str, Any] | None) -> dict[str, An
 
 def settled_labels(database: Database[Any], run: str, beginnings: Collection[str]) -> set[str]:
     """Those of ``beginnings`` (of label keys) whose label is stored, ``ok``, and no generation of ``run`` doubts it."""
-    doubted = {
-        key for son in database["generations"].find({"run": run}, {"doubts": 1}) for key in son.get("doubts", {})
-    }
+    blobs = FileShelf(database, BLOB_COLLECTION)
+    sons_of_run = database["generations"].find({"run": run}, {"doubts": 1})
+    doubted = {key for son in sons_of_run for key in inlined(son, blobs.get).get("doubts", {})}
     found = set()
     for start in beginnings:
         wanted = {"_id": {"$gte": start, "$lt": start + "g"}}  # keys are hexadecimal

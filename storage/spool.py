@@ -65,10 +65,14 @@ class Spool:
     Args:
         folder: made when the first entry comes.
         log: takes lines for a person.
+        now: the clock (seconds since 1970) that tells what is old.
     """
 
-    def __init__(self, folder: Path, log: Callable[[str], None] = logger.warning) -> None:
+    def __init__(
+        self, folder: Path, log: Callable[[str], None] = logger.warning, now: Callable[[], float] = time.time
+    ) -> None:
         self.folder = folder
+        self._now = now
         self._log = log
         self._name = uuid.uuid4().hex[:12]  # a pid would not do: machines may share the folder
         self._numbering = threading.Lock()
@@ -186,7 +190,7 @@ class Spool:
     def _tidy(self) -> None:
         for file in self.folder.glob(f".*{TEMPORARY}"):
             with suppress(OSError):
-                if time.time() - file.stat().st_mtime > ABANDONED_S:
+                if self._now() - file.stat().st_mtime > ABANDONED_S:
                     file.unlink()
 
 

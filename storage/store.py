@@ -44,7 +44,7 @@ from storage.files import FileShelf, inlined, outlined
 from storage.leases import MongoLeases
 from storage.migrations import bring_up_to_date, make_indexes
 from storage.mongod import ensure_mongod
-from storage.provenance import Provenance, provenance_from_rows, provenance_stages
+from storage.provenance import Provenance, find_rows, provenance_from_rows
 from storage.uris import address, redact_tree, redact_uri
 
 P = ParamSpec("P")
@@ -193,10 +193,12 @@ class MongoStore:
             for kind in (GenerationDocument, BandDocument, StepDocument):
                 self._collection(kind).delete_many({"run": name}, session=session)
             labels = self._collection(LabelDocument)
-            mine = {"runs": name, "details.computed_by": name}  # a new run of that name has not computed them
-            labels.update_many(mine, {"$set": {"details.computed_by": f"{name}{REMOVED}"}}, session=session)
+            was_there = bool(self._collection(RunDocument).delete_one({"_id": name}, session=session).deleted_count)
+            if was_there:  # a new run of that name has not computed them
+                mine = {"runs": name, "details.computed_by": name}
+                labels.update_many(mine, {"$set": {"details.computed_by": f"{name}{REMOVED}"}}, session=session)
             labels.update_many({"runs": name}, {"$pull": {"runs": name}}, session=session)
-            return bool(self._collection(RunDocument).delete_one({"_id": name}, session=session).deleted_count)
+            return was_there
 
         return self._atomically(work)
 
@@ -326,8 +328,7 @@ class MongoStore:
     @_guarded
     def provenance(self, run: str, generation: int | None = None) -> Provenance | None:
         """Where the barriers of ``generation`` (None: the last) came from, in one query; None without such a run."""
-        rows = self._collection(RunDocument).aggregate(provenance_stages(run, generation))
-        return provenance_from_rows(self._inlined(row) for row in rows)
+        return provenance_from_rows(find_rows(self._database, run, generation, self._inlined))
 
     @_guarded
     def generation_indices(self, run: str) -> list[int]:

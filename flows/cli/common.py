@@ -81,17 +81,17 @@ def opened_store(mongodb_uri: str | None) -> Iterator[DurableStore]:
 
 
 def waiting_lines(mongodb_uri: str | None) -> list[str]:
-    """What lies on disk for the database at the address, for a person; asks no database."""
+    """What lies on disk for the database at the address, and for others, for a person; asks no database."""
     from flows import environment
     from storage.durable import spool_folder
     from storage.spool import Spool
 
-    spool = Spool(spool_folder(mongodb_uri or environment.mongodb_uri_from_env(), environment.data_dir()))
-    lines, waiting, aside = [], spool.count(), spool.count_aside()
-    if waiting:
-        lines.append(
-            f"{waiting} write{'s wait' if waiting != 1 else ' waits'} for the database on disk in {spool.folder}"
-        )
-    if aside:
-        lines.append(f"{aside} write{'s' if aside != 1 else ''} that could not be delivered kept in {spool.folder}")
+    own = spool_folder(mongodb_uri or environment.mongodb_uri_from_env(), environment.data_dir())
+    lines = []
+    for folder in sorted({own, *own.parent.glob("*/")}, key=lambda folder: (folder != own, folder)):
+        spool, which = Spool(folder), "the database" if folder == own else "another database"
+        if waiting := spool.count():
+            lines.append(f"{waiting} write{'s wait' if waiting != 1 else ' waits'} for {which} on disk in {folder}")
+        if aside := spool.count_aside():
+            lines.append(f"{aside} write{'s' if aside != 1 else ''} that could not be delivered kept in {folder}")
     return lines

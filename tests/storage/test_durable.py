@@ -7,12 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from pymongo.errors import AutoReconnect, NetworkTimeout, NotPrimaryError, OperationFailure, WTimeoutError
 
 from alcore.errors import StoreError, StoreUnreachableError
-from alcore.types import Sitting
 from storage import courier
-from storage.faults import refuses_content, store_error
 from storage.spool import Spool
 
 # while the database is there
@@ -66,6 +63,7 @@ def test_what_cannot_be_stored_is_said_at_once(kit: Any, records: Any) -> None:
 def test_while_it_is_away_writes_wait_on_disk_and_own_ones_can_be_read(kit: Any, records: Any, wait: Any) -> None:
     label, other = records.label(1), records.label(2)
     kit.store.save_label(other, "r")
+    kit.store.save_run(records.run("r"))
     kit.store.save_generation(records.generation("r", 0))
     kit.relay.cut()
     kit.store.save_run(records.run("r"))
@@ -166,6 +164,7 @@ def test_stop_waiting_ends_who_waits_and_loses_nothing(kit: Any, records: Any, w
 
 
 def test_what_a_dead_process_left_is_delivered_by_the_next(kit: Any, records: Any) -> None:
+    kit.store.save_run(records.run("r"))
     kit.relay.cut()
     kit.store.save_generation(records.generation("r", 0))
     left = Spool(kit.store.spool.folder)  # as if this process had died here
@@ -196,6 +195,32 @@ def test_a_heart_beat_does_not_wait(kit: Any, records: Any, wait: Any) -> None:
     assert kit.store.held_leases("") == {}
 
 
+def test_leases_are_renewed_while_a_fat_spool_is_delivered(
+    kit: Any, records: Any, wait: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else others, who deliver less, would take them meanwhile."""
+    assert kit.store.take_lease(["a"], "me", 60)
+    delivering, go_on = threading.Event(), threading.Event()
+    real = kit.store.mongo.save_label
+
+    def slow(*arguments: Any) -> None:
+        delivering.set()
+        go_on.wait(PATIENCE_S)
+        real(*arguments)
+
+    kit.relay.cut()
+    kit.store.save_label(records.label())
+    monkeypatch.setattr(kit.store.mongo, "save_label", slow)
+    kit.relay.mend()
+    try:
+        assert delivering.wait(PATIENCE_S)
+        assert kit.store.renew_lease("a", "me", 60)
+        assert kit.store.waiting == 1
+    finally:
+        go_on.set()
+    assert wait(lambda: kit.store.waiting == 0)
+
+
 def test_a_lease_is_released_only_after_what_was_written_under_it(kit: Any, records: Any, wait: Any) -> None:
     """Else the next owner would not find the label, and compute it again."""
     label = records.label()
@@ -224,94 +249,3 @@ def test_a_lease_whose_answer_was_lost_is_found(kit: Any) -> None:
     kit.store.mongo.take_lease = cut_off
     assert kit.store.take_lease(["s/0", "s/1"], "me", 60) == "s/0"
     assert kit.there.held_leases("s/") == {"s/0": "me"}
-
-
-# what the database refuses
-
-
-def test_what_is_refused_for_ever_is_put_aside_and_the_others_go_on(kit: Any, records: Any) -> None:
-    kit.there._database.command("collMod", "generations", validator={"index": {"$ne": 1}})
-    for index in range(3):
-        kit.store.save_generation(records.generation("r", index))
-    assert [record.index for record in kit.there.load_generations("r")] == [0, 2]
-    assert (kit.store.waiting, kit.store.spool.count_aside()) == (0, 1)
-    assert len(kit.told) == 1
-    assert "cannot be delivered and is kept as" in kit.told[0]
-    assert "failed validation" in kit.told[0]
-
-
-def test_an_entry_that_lacks_something_is_put_aside(kit: Any, records: Any) -> None:
-    kit.store.spool.put("label", {"label": {"key": "k"}, "run": ""})
-    kit.store.save_run(records.run("r"))
-    assert kit.there.load_run("r") is not None
-    assert (kit.store.waiting, kit.store.spool.count_aside()) == (0, 1)
-    assert "a Label lacks structure" in kit.told[0]
-
-
-def test_a_label_of_an_earlier_al_loop_is_read(kit: Any, records: Any) -> None:
-    from alcore.plain import to_plain
-
-    plain = to_plain(records.label())
-    for name in ("stress", "magnetic_moments", "reason", "folder", "reused", "details"):
-        del plain[name]
-    kit.store.spool.put("label", {"label": plain | {"gone": 1}, "run": "r"})
-    assert list(kit.store.load_labels([plain["key"]])) == [plain["key"]]
-
-
-def test_a_run_that_went_on_elsewhere_is_not_mixed(kit: Any, records: Any, wait: Any) -> None:
-    """One machine is cut off and dies; the run goes on on another; later the first comes back with what it had."""
-    first = (Sitting(started="2026-01-01"),)
-    kit.store.save_run(records.run("r", sittings=first))
-    kit.relay.cut()
-    kit.store.save_generation(records.generation("r", 0, 0.5))
-    kit.store.save_run(records.run("r", sittings=first, status="failed"))
-    kit.there.save_run(records.run("r", sittings=(*first, Sitting(started="2026-01-02")), status="converged"))
-    kit.there.save_generation(records.generation("r", 0, 0.001, sitting=1))
-    kit.relay.mend()
-    assert wait(lambda: kit.store.waiting == 0)
-    assert kit.there.load_run("r").status == "converged"
-    assert kit.there.load_generations("r")[0].paths[0].error_to_verified_ev == 0.001
-    assert kit.store.spool.count_aside() == 2
-    assert any("has gone on without it" in line for line in kit.told)
-
-
-@pytest.mark.parametrize(
-    ("error", "away"),
-    [
-        (AutoReconnect("connection closed"), True),
-        (NetworkTimeout("timed out"), True),
-        (NotPrimaryError("not primary", {}), True),
-        (OperationFailure("shutting down", 91), True),
-        (OperationFailure("interrupted", 11600), True),
-        (OperationFailure("not primary", 10107), True),
-        (OperationFailure("out of disk space", 14031), True),
-        (OperationFailure("28: No space left on device", 8), True),
-        (OperationFailure("writes blocked", 371), True),
-        (WTimeoutError("waited"), True),
-        (OperationFailure("x", 0, {"errorLabels": ["TransientTransactionError"]}), True),
-        (OperationFailure("Document failed validation", 121), False),
-        (OperationFailure("bad value", 2), False),
-        (OperationFailure("not allowed", 13), False),
-    ],
-)
-def test_what_may_work_later(error: Any, away: bool) -> None:
-    made = store_error(error, "host:1")
-    assert isinstance(made, StoreUnreachableError) == away
-    made.__cause__ = error
-    assert refuses_content(made) == (not away and error.code != 13)
-
-
-def test_a_user_whose_rights_are_gone_waits_too(kit: Any, records: Any, wait: Any) -> None:
-    """It is not the entry's fault."""
-    real = kit.store.mongo.save_label
-
-    def refused(*arguments: Any) -> None:
-        error = store_error(cause := OperationFailure("not authorized", 13), "host:1")
-        raise error from cause
-
-    kit.store.mongo.save_label = refused
-    kit.store.save_label(records.label())
-    assert (kit.store.waiting, kit.store.spool.count_aside()) == (1, 0)
-    assert wait(lambda: "refuses this user" in "".join(kit.told))
-    kit.store.mongo.save_label = real
-    assert wait(lambda: kit.store.waiting == 0)

@@ -51,6 +51,7 @@ def own(quick: None, own_server: Path) -> Iterator[SimpleNamespace]:
 
 
 def test_the_embedded_server_is_started_again(own: Any, records: Any) -> None:
+    own.store.save_run(records.run("r"))
     own.store.save_generation(records.generation("r", 0))
     for index in (1, 2):
         before = own.pid()
@@ -61,13 +62,30 @@ def test_the_embedded_server_is_started_again(own: Any, records: Any) -> None:
     assert any("was started again" in line for line in own.told)
 
 
-def test_a_server_that_was_stopped_on_purpose_is_started_again(own: Any, records: Any) -> None:
+def test_a_server_that_was_stopped_on_purpose_is_waited_for(own: Any, records: Any, wait: Any) -> None:
     stop_mongod(own.folder)
     own.store.save_run(records.run("r"))
+    assert wait(lambda: any("stopped on purpose" in line for line in own.told))
+    assert not mongod_status(own.folder).running
+    ensure_mongod(own.folder)
     assert own.store.load_run("r") is not None
 
 
+def test_closing_starts_no_server(own: Any, records: Any) -> None:
+    os.kill(own.pid(), signal.SIGSTOP)
+    own.store.stop_waiting()
+    own.store.save_run(records.run("r"))
+    own.store._courier._closed.set()
+    server = psutil.Process(own.pid())
+    server.kill()
+    server.wait(30)
+    own.store.close()
+    assert not mongod_status(own.folder).running
+    assert own.told[-1].startswith("1 write waits on disk")
+
+
 def test_a_server_that_hangs_holds_up_no_write(own: Any, records: Any) -> None:
+    own.store.save_run(records.run("r"))
     os.kill(own.pid(), signal.SIGSTOP)
     for index in range(3):
         own.store.save_generation(records.generation("r", index))
@@ -106,6 +124,9 @@ def test_the_embedded_database_has_one_spool_however_it_is_named(own: Any) -> No
     others = {spool_folder(u, own.folder) for u in (f"mongodb://127.0.0.1:{(port or 0) + 1}", "mongodb://a,b/?x=y")}
     assert own.store.spool.folder not in others
     assert len(others) == 2
+    assert spool_folder(uri.replace("127.0.0.1", "localhost"), own.folder) == own.store.spool.folder
+    hosts = {spool_folder(f"mongodb://{host}/", own.folder) for host in ("localhost", "127.0.0.1:27017")}
+    assert len(hosts) == 1, "the same machine"
     secret = spool_folder("mongodb://ann:s3cret@db.example:27017/?authSource=x", own.folder)
     assert "s3cret" not in str(secret)
     assert "ann" not in secret.name
@@ -259,6 +280,8 @@ def test_any_writes_with_outages_in_between_end_as_without(
     for name in ("runs", "generations", "bands", "labels", "steps", "models"):
         for each in (plain, kit.there):
             each._database[name].delete_many({})
+    for each in (plain, kit.there):
+        each.save_run(records.run("r"))
     store = kit.make()
     try:
         for deed, value in deeds:

@@ -10,7 +10,7 @@ import pytest
 from bson import encode
 
 from alcore import types
-from storage import mapping, queries
+from storage import files, mapping, migrations, queries
 from storage.documents import GenerationDocument
 from storage.files import DOCUMENT_BYTES, outlined
 from storage.store import MongoStore
@@ -77,6 +77,33 @@ def test_rows_say_what_the_last_generations_know(store: Any, records: Any) -> No
     assert path["barrier_forward_ev"] == pytest.approx(0.75)
     assert path["verified_barrier_ev"] == 0.7
     assert store.run_rows("none") == []
+
+
+def test_what_a_bulky_generation_keeps_in_a_file_is_found(
+    mongo_store: MongoStore, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys and doubts are no longer in the document itself."""
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", 1)
+    monkeypatch.setattr(files, "SMALL_BYTES", 10)
+    good, odd = records.label(0, details={"computed_by": "s"}), records.label(1)
+    asked = {"kinds": {odd.key: "saddle"}, "label_keys": (good.key,), "doubts": {odd.key: "odd"}}
+    for name in ("r", "s"):
+        mongo_store.save_run(records.run(name))
+    for label in (good, odd):
+        mongo_store.save_label(label, "r")
+    mongo_store.save_generation(records.generation("r", 0, **asked))
+    (son,) = mongo_store.ask(lambda database: list(database["generations"].find({"run": "r"})))
+    assert "%bson" in son["doubts"]
+    starts = [good.key[:16], odd.key[:16]]
+    assert mongo_store.ask(lambda database: queries.settled_labels(database, "r", starts)) == {starts[0]}
+    found = mongo_store.provenance("r")
+    assert found is not None
+    assert (set(found.labels), list(found.others)) == ({good.key, odd.key}, ["s"])
+    assert "structure" not in found.labels[good.key]
+    assert found.generations[0]["kinds"] == asked["kinds"]
+    mongo_store.ask(lambda database: database["generations"].update_many({}, {"$unset": {"sitting": 1}}))
+    mongo_store.ask(lambda database: migrations._count_labels(database, lambda: None))
+    assert mongo_store.run_rows("r")[0]["labels"] == {"ok": 1, "rejected": 1}
 
 
 def large_generation(

@@ -154,6 +154,7 @@ def test_a_deleted_run_leaves_its_labels(store: Any, records: Any) -> None:
 
 
 def test_what_a_deleted_run_computed_is_not_the_next_one_s_of_that_name(store: Any, records: Any) -> None:
+    store.save_run(records.run("one"))
     mine, borrowed = records.label(1, details={"computed_by": "one"}), records.label(2, details={"computed_by": "two"})
     for label in (mine, borrowed):
         store.save_label(label, "one")
