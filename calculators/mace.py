@@ -26,7 +26,8 @@ class MaceSettings(CalculatorSettings):
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-fA-F]{64}$",
-        description="of that file; vouches for one that can be loaded only by running the code inside it",
+        description="of that file; vouches for one that can be loaded only by running the code inside it, as a line in "
+        "trusted-models.txt in the data folder does",
     )
     head: str | None = Field(None, description="which head of a multi-head model; null: its only one")
     device: Literal["cpu", "cuda", "mps", "xpu"] = Field("cpu", description="where it runs")

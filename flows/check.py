@@ -67,7 +67,7 @@ def check_run(settings: RunSettings) -> CheckReport:
         with closing(store):
             report.ask(lambda: refuse_busy(store, settings.name))
             if resolved is not None and len(pairs) == len(settings.paths):
-                history = report.ask(lambda: _history(settings, store, pairs, resolved))
+                history = report.ask(lambda: _history(settings, store, pairs, resolved, given))
     if report.problems:
         return report
     assert resolved is not None and prior is not None and history is not None
@@ -122,9 +122,13 @@ def count(number: int, what: str) -> str:
 
 
 def _history(
-    settings: RunSettings, store: DurableStore, pairs: list[EndpointPair], resolved: ResolvedCalculator
+    settings: RunSettings,
+    store: DurableStore,
+    pairs: list[EndpointPair],
+    resolved: ResolvedCalculator,
+    given: list[Label],
 ) -> list[str]:
-    run = earlier_run(settings, store, pairs, resolved)
+    run = earlier_run(settings, store, pairs, resolved, given)
     if run is None:
         return [f"run         {settings.name}: new"]
     done = len(store.load_generations(settings.name))

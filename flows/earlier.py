@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from alcore.errors import InputError
 from alcore.identity import geometry_bytes
 from alcore.protocols import RecordStore
-from alcore.types import EndpointPair, RunRecord, Sitting
-from flows.settings import RunSettings
+from alcore.types import EndpointPair, Label, RunRecord, Sitting
+from flows.settings import RunSettings, unvouched
 from flows.sittings import flat
 
 if TYPE_CHECKING:
@@ -25,15 +25,26 @@ SHOWN = 60
 
 
 def earlier_run(
-    settings: RunSettings, store: RecordStore, pairs: Sequence[EndpointPair], resolved: ResolvedCalculator
+    settings: RunSettings,
+    store: RecordStore,
+    pairs: Sequence[EndpointPair],
+    resolved: ResolvedCalculator,
+    given: Sequence[Label],
 ) -> RunRecord | None:
     """The run of that name, if there is one and it asked the same question.
 
+    Args:
+        settings: of the run as it is asked for now.
+        store: where the run may be.
+        pairs, resolved, given: what the settings name, read: end states, reference calculator, labels brought along.
+
     Raises:
-        InputError: it was made with other physics: other settings, end states or reference calculator.
+        InputError: it was made with other physics: other settings, end states, data or reference calculator; or
+            somebody left generations under that name without the run that they are of.
     """
     before = store.load_run(settings.name)
     if before is None:
+        _refuse_leftovers(settings.name, store)
         return None
     then, now = flat(_question(_with_defaults(before.settings))), flat(_question(plain_settings(settings)))
     keys = [key for key in [*now, *then] if then.get(key) != now.get(key)]
@@ -47,6 +58,8 @@ def earlier_run(
         same_settings = not any(key.startswith("calculator.") for key in keys)
         if same_settings and any(label.fingerprint != resolved.fingerprint for label in labels):
             changed.append("the calculator's version or files were others")
+        elif same_settings and not _same_data(generations[0].kinds, given):
+            changed.append("data: the labels in its files were others")
     if changed:
         raise InputError(
             f"the run '{settings.name}' exists with other settings: {'; '.join(changed)}",
@@ -54,6 +67,24 @@ def earlier_run(
             mend="choose another name (--name), or undo the change",
         )
     return before
+
+
+def _same_data(kinds: Mapping[str, str], given: Sequence[Label]) -> bool:
+    """Whether the labels brought along are those of generation 0; one that it asked for as well has that for a kind."""
+    brought, now = {key for key, kind in kinds.items() if kind == "data"}, {label.key for label in given}
+    return brought <= now <= set(kinds)
+
+
+def _refuse_leftovers(name: str, store: RecordStore) -> None:
+    """Raises:
+    InputError: an import that was cut off, or a write that came late, has left what would be gone on with unseen.
+    """
+    if n := len(store.load_generations(name)):
+        raise InputError(
+            f"{n} generation{'s' * (n != 1)} of a run '{name}' without its record, left by an import that was cut off",
+            where="name",
+            mend=f"`al-loop gc --run {name} --yes` removes them, or choose another name (--name)",
+        )
 
 
 def change_lines(sitting: Sitting) -> list[str]:
@@ -75,11 +106,17 @@ def plain_settings(settings: RunSettings) -> dict[str, Any]:
 
 
 def _question(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that must not differ. Of end states the content counts, not where their files lie; that a model file is
-    trusted does not make it another one (the trainer knows it by its weights)."""
-    paths = [{**path, "initial": None, "final": None} for path in values.get("paths", [])]
-    model = {key: value for key, value in values.get("model", {}).items() if key != "foundation_sha256"}
-    return {key: value for key, value in values.items() if key not in MAY_CHANGE} | {"paths": paths, "model": model}
+    """Settings that must not differ. Of files the content counts, not where they lie: of end states and data it is
+    compared here, a model the trainer knows by its weights, trusted or not."""
+    paths = [
+        {**path, "initial": None, "final": None, "band": None if path.get("band") is None else "given"}
+        for path in values.get("paths", [])
+    ]
+    asked = {key: value for key, value in unvouched(values).items() if key not in MAY_CHANGE}
+    model = asked.get("model", {})
+    if str(model.get("foundation")).endswith(".model"):
+        asked["model"] = {**model, "foundation": "a file"}
+    return asked | {"paths": paths, "data": []}
 
 
 def _with_defaults(stored: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.io import write
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from alcore.endpoints import read_band
 from alcore.errors import AlLoopError, InputError
 from alcore.identity import POSITION_DECIMALS
 from alcore.protocols import RecordStore
@@ -25,6 +26,7 @@ from flows import __version__, wiring
 from flows import export_format as form
 from flows.export_format import Manifest, Watch
 from flows.runfile import dump_values
+from flows.settings import unvouched
 from flows.status import load_run
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ HEAD = "Default"
 """The head on which MACE trains frames that name no other."""
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, EOFError)
 """What torch says of bytes that are not the weights of this model."""
+DATA = "data/0.extxyz"
 AT_ONCE = 500
 """Labels that are held in memory."""
 
@@ -103,7 +106,7 @@ def export_run(
         _write_labels(store, name, seen, written, watch)
         _write_models(store, seen, written, watch, log)
         _write_steps(store, name, written)
-        _write_run_file(run, seen.first, written)
+        _write_run_file(store, run, seen.first, written, log)
         written.files += _readable_models(store, run, seen.last, folder, log)
         _close(written, name)
     except OSError as error:
@@ -229,9 +232,13 @@ def _write_steps(store: Store, name: str, written: _Writer) -> None:
     )
 
 
-def _write_run_file(run: RunRecord, first: GenerationRecord | None, written: _Writer) -> None:
-    """The run file as resolved; its end states lie beside it, so that the run can be gone on with anywhere."""
+def _write_run_file(
+    store: Store, run: RunRecord, first: GenerationRecord | None, written: _Writer, log: Callable[[str], None]
+) -> None:
+    """The run file as resolved; end states, bands and labels that were brought along lie beside it, so that the run can
+    be gone on with anywhere. It vouches for no model file."""
     ends = {path.path: path for path in first.paths} if first else {}
+    changed: dict[str, Any] = {}
     paths = []
     for number, path in enumerate(run.settings.get("paths") or ()):
         record, moved = ends.get(path.get("name")), dict(path)
@@ -239,9 +246,40 @@ def _write_run_file(run: RunRecord, first: GenerationRecord | None, written: _Wr
             if record is not None and path.get(side) is not None:
                 moved[side] = f"endpoints/{number}-{side}.traj"  # exact, as extxyz is not
                 write(written.place(moved[side]), getattr(record, side).to_atoms(), format="traj")
+        if path.get("band") is not None:
+            moved["band"] = _write_band(path["band"], number, written, log)
         paths.append(moved)
-    settings = {**run.settings, **({"paths": paths} if "paths" in run.settings else {})}
-    written.place("run.yaml").write_text(dump_values(settings), encoding="utf-8")
+    if "paths" in run.settings:
+        changed["paths"] = paths
+    if run.settings.get("data") and first is not None:
+        changed["data"] = _write_data(store, first, written)
+    foundation = str((run.settings.get("model") or {}).get("foundation") or "")
+    if foundation.endswith(".model"):
+        log(f"run.yaml names {foundation}, which is no part of the export: elsewhere, set model.foundation to its copy")
+    written.place("run.yaml").write_text(dump_values({**unvouched(run.settings), **changed}), encoding="utf-8")
+
+
+def _write_band(file: str, number: int, written: _Writer, log: Callable[[str], None]) -> str:
+    """The starting band beside the run file, if its own file is still there; returns the path that names it."""
+    try:
+        frames = read_band(Path(file), f"paths.{number}.band")
+    except InputError as error:
+        log(f"run.yaml names a band that is no part of the export: {error}")
+        return file
+    copied = f"endpoints/{number}-band.traj"
+    write(written.place(copied), frames, format="traj")
+    return copied
+
+
+def _write_data(store: Store, first: GenerationRecord, written: _Writer) -> list[str]:
+    """The labels that the user brought along, as one file; those that were asked for too are known anyway."""
+    keys = [key for key, kind in first.kinds.items() if kind == "data"]
+    if not keys:
+        return []
+    with written.place(DATA).open("w", encoding="utf-8") as file:
+        for label in _labels(store, keys, form.unwatched, "writing data"):
+            write(file, labelled_atoms(label, "data"), format="extxyz")
+    return [DATA]
 
 
 def labelled_atoms(label: Label, config_type: str) -> Atoms:
@@ -255,6 +293,8 @@ def labelled_atoms(label: Label, config_type: str) -> Atoms:
         "fingerprint": label.fingerprint,
         "key": label.key,
     }
+    if label.key == form.unproven_key(label):
+        del atoms.info["fingerprint"]  # or whoever reads it would take it for the calculator's own
     atoms.arrays["REF_forces"] = np.asarray(label.forces)
     if label.stress is not None:
         atoms.info["REF_stress"] = voigt_6_to_full_3x3_stress(label.stress)
@@ -290,7 +330,7 @@ def save_models(store: RecordStore, run: RunRecord, last: GenerationRecord, fold
     """The committee as ``.model`` files, which ``mace.calculators.MACECalculator`` reads; none before it was trained.
 
     The store keeps weights alone. What they are the weights of is the foundation model, or the small MACE of the
-    elements that stand among them.
+    elements that stand among them. Only the user's own list vouches for a model that runs code: the run may be foreign.
 
     Raises:
         ModelError: the foundation model cannot be loaded any more.
@@ -306,7 +346,7 @@ def save_models(store: RecordStore, run: RunRecord, last: GenerationRecord, fold
     model: Mapping[str, Any] = run.settings.get("model") or {}
     weights = [store.load_model(sha256) for sha256 in members]
     if model.get("foundation") and model.get("strategy") != "scratch":
-        base = load_foundation(model["foundation"], trust=wiring.model_trust(model.get("foundation_sha256")))
+        base = load_foundation(model["foundation"], trust=wiring.model_trust(None))
     else:
         numbers = torch.load(io.BytesIO(weights[0]), weights_only=True)["atomic_numbers"]
         base = build_model(numbers.tolist(), seed=0)

@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alcore.errors import InputError
+from alcore.identity import label_key
 from alcore.plain import to_plain
+from alcore.types import Label
 
 T = TypeVar("T")
 Watch = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -45,6 +47,11 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 def unwatched(items: Sequence[Any], what: str) -> Iterable[Any]:
     """Shows nothing."""
     return items
+
+
+def unproven_key(label: Label) -> str:
+    """That of a label which somebody brought along without saying which calculator made it (``alcore.dataset``)."""
+    return label_key(label.structure, f"{label.fingerprint}, unproven")
 
 
 # --- exact JSON -------------------------------------------------------------------------------------------------------

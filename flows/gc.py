@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alcore.errors import InputError, RunBusyError
+from alcore.errors import InputError
+from alcore.types import RunRecord
 from flows import environment
-from flows.leases import RUN_PREFIX, LeaseKeeper, live_runs
+from flows.leases import LeaseKeeper, live_runs
+from flows.one_process import take_run
 from flows.status import load_run
 from flows.wiring import run_folder
 
@@ -55,8 +57,16 @@ def unfinished_since(store: MongoStore) -> tuple[datetime | None, str]:
     What is younger may be about to be referred to by what the run still has to write, or has on disk on its machine.
     """
     open_runs = [run for run in store.list_runs() if run.status == "running" and run.sittings]
-    begun = [(datetime.fromisoformat(run.sittings[-1].started), run.name) for run in open_runs]
+    begun = [(since, run.name) for run in open_runs if (since := _time(run.sittings[-1].started or run.started))]
     return min(begun, default=(None, ""))
+
+
+def _time(text: str) -> datetime | None:
+    """None for "", which older databases and other people's exports may hold."""
+    with suppress(ValueError):
+        time = datetime.fromisoformat(text)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
+    return None
 
 
 def _folders(store: MongoStore, data_dir: Path, min_age_s: float) -> Finding:
@@ -112,48 +122,58 @@ def _size(folder: Path) -> int:
 
 
 def run_findings(store: MongoStore, data_dir: Path, name: str) -> list[Finding]:
-    """What goes with a whole run.
+    """What goes with a whole run, or with what an import or a delivery that was cut off left of one.
 
     Raises:
-        InputError: there is no run of that name.
+        InputError: there is nothing of that name, or jobs of the run are in a queue.
     """
     from storage.garbage import Finding
     from storage.queries import run_bytes
 
-    load_run(store, name)
+    run, generations = store.load_run(name), len(store.generation_indices(name))
+    steps = len(store.step_places(name))
+    if not generations and not steps:
+        run = load_run(store, name)
     folder = run_folder(data_dir, name)
+    if run is not None:
+        _refuse_if_jobs_wait(run, folder)
+    count = int(run is not None) + generations or steps
+
+    def remove_run() -> int:
+        store.delete_run(name)
+        return count
 
     def remove_folder() -> int:
         shutil.rmtree(folder, ignore_errors=True)
         return 1
 
-    (row,) = store.run_rows(name)
     size_mb = _size(folder) / MB if folder.is_dir() else 0.0
     return [
         Finding(
             kind=f"run {name} with its generations",
-            count=1 + row["generations"],
+            count=count,
             size_mb=store.ask(lambda database: run_bytes(database, name)) / MB,
-            remove=lambda: (1 + row["generations"]) * store.delete_run(name),
+            remove=remove_run,
         ),
         Finding(kind="folder of its calculations", count=int(folder.is_dir()), size_mb=size_mb, remove=remove_folder),
     ]
 
 
-@contextmanager
-def nobody_works_on(store: MongoStore, name: str) -> Iterator[None]:
-    """Inside, nobody begins or goes on with that run.
-
-    Raises:
-        RunBusyError: somebody works on it.
+def _refuse_if_jobs_wait(run: RunRecord, folder: Path) -> None:
+    """Raises:
+    InputError: jobs that the run has sent to a queue may still write into its folder.
     """
-    keeper, lease = LeaseKeeper(store, run=name), f"{RUN_PREFIX}{name}"
-    try:
-        if keeper.others([lease], RUN_PREFIX) or keeper.take([lease]) is None:
-            raise RunBusyError("somebody works on it now", where=f"run {name}", mend="stop it first")
-        yield
-    finally:
-        keeper.close()
+    executor = run.settings.get("executor")
+    if not isinstance(executor, Mapping) or executor.get("kind") != "pyiron" or not executor.get("queue"):
+        return
+    from calculators.job import JOB
+    from calculators.outcomes import ERROR, JOBS, OUTCOME
+
+    ended = (OUTCOME, ERROR)
+    places = (file.parent for file in (folder / JOBS).glob(f"*/*/{JOB}"))
+    if n := sum(not any((place / name).exists() for name in ended) for place in places):
+        told = f"{n} job{'s' * (n != 1)} of it in the queue {executor['queue']} may still run"
+        raise InputError(told, where=f"run '{run.name}'", mend=f"`al-loop cancel {run.name}` first")
 
 
 def refuse_if_writes_wait(store: MongoStore | DurableStore) -> None:
@@ -166,7 +186,13 @@ def refuse_if_writes_wait(store: MongoStore | DurableStore) -> None:
 
 
 def collect(
-    store: MongoStore, data_dir: Path, *, run: str | None = None, labels: bool = False, yes: bool = False
+    store: MongoStore,
+    data_dir: Path,
+    *,
+    run: str | None = None,
+    labels: bool = False,
+    yes: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], str]:
     """Looks and, with ``yes``, removes.
 
@@ -176,12 +202,14 @@ def collect(
         run: this whole run, and nothing else.
         labels: also labels that no run refers to.
         yes: remove what is found.
+        log: takes lines for a person.
 
     Returns:
         Kind, number and MB: of what there is, or of what was removed; and a line about what was left alone, or "".
 
     Raises:
-        InputError: there is no run of that name, or somebody works on it.
+        InputError: there is no run of that name, or jobs of it are in a queue.
+        RunBusyError: somebody works on it.
     """
     if run is not None and labels:
         raise InputError("either --run or --labels", where="al-loop gc", mend="one after the other")
@@ -192,7 +220,8 @@ def collect(
             f"run '{name}' is not finished: nothing younger than {since:%Y-%m-%d %H:%M} was looked at" if since else ""
         )
         return (_done(found, store) if yes else _seen(found)), kept
-    with nobody_works_on(store, run):
+    with closing(LeaseKeeper(store, run=run)) as keeper:
+        take_run(keeper, run, log, mend="wait for it or stop it")
         found = run_findings(store, data_dir, run)
         return (_done(found, store) if yes else _seen(found)), ""
 

@@ -11,14 +11,15 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from alcore.errors import InputError, RunBusyError
+from alcore.errors import InputError
 from alcore.identity import json_sha256, label_key
 from alcore.plain import from_plain
 from alcore.types import GenerationRecord, Label, RunRecord
 from flows import export_format as form
 from flows.export_format import Manifest, Watch
-from flows.leases import RUN_PREFIX, LeaseKeeper
-from flows.settings import NAME_PATTERN
+from flows.leases import LeaseKeeper
+from flows.one_process import take_run
+from flows.settings import NAME_PATTERN, unvouched
 
 if TYPE_CHECKING:
     from storage.memory import MemoryStore
@@ -62,12 +63,16 @@ class Export:
     name: str
 
     def run(self) -> RunRecord:
+        """Its settings vouch for no model file here, whatever they did where it was exported."""
+
         def read(values: dict[str, Any]) -> RunRecord:
-            record = from_plain(RunRecord, values)
+            found = from_plain(RunRecord, values)
+            record = _storable(found, lambda store: store.save_run(found))
             _same_name(record.name, self.manifest.run)
-            if self.name != record.name:
-                settings = {**record.settings, **({"name": self.name} if "name" in record.settings else {})}
-                record = replace(record, name=self.name, settings=settings, settings_sha256=json_sha256(settings))
+            settings = unvouched(record.settings) | ({"name": self.name} if "name" in record.settings else {})
+            if settings != record.settings:
+                record = replace(record, settings=settings, settings_sha256=json_sha256(settings))
+            record = replace(record, name=self.name)
             return _storable(record, lambda store: store.save_run(record))
 
         found = list(self._read(form.RUN, read))
@@ -97,7 +102,7 @@ class Export:
 
         def read(values: dict[str, Any]) -> tuple[Label, datetime | None]:
             label, created = from_plain(Label, values["label"]), values["created"]
-            if label.key != label_key(label.structure, label.fingerprint):
+            if label.key not in (label_key(label.structure, label.fingerprint), form.unproven_key(label)):
                 raise ValueError(f"the key {label.key[:12]} is not that of its structure and calculator")
             if label.details.get("computed_by") == self.manifest.run:
                 label = replace(label, details={**label.details, "computed_by": self.name})
@@ -193,20 +198,29 @@ def read_export(folder: str | Path, *, name: str | None = None, watch: Watch = f
     return export
 
 
-def import_run(store: Store, export: Export, *, watch: Watch = form.unwatched) -> Imported:
+def import_run(
+    store: Store,
+    export: Export,
+    *,
+    watch: Watch = form.unwatched,
+    log: Callable[[str], None] = lambda line: None,
+) -> Imported:
     """Bring an export into a database. Labels that are there already stay as they are.
 
     The run's own record is written last: an import that is cut off has left no run, and can be done again.
+
+    Args:
+        store: where to.
+        export: of ``read_export``.
+        watch: shows how far it is.
+        log: takes lines for a person.
 
     Raises:
         RunBusyError: a process works on a run of that name now.
         InputError: there is another run of that name.
     """
     with closing(LeaseKeeper(store, run=export.name)) as keeper:
-        if keeper.take([f"{RUN_PREFIX}{export.name}"]) is None:
-            raise RunBusyError(
-                f"a process works on the run '{export.name}' now", mend="choose another name: --name NEW"
-            )
+        take_run(keeper, export.name, log)
         before = store.load_run(export.name)
         if before is None:
             return _write(store, export, watch)
@@ -251,7 +265,10 @@ def _store_labels(store: Store, labels: Sequence[tuple[Label, datetime | None]],
 
 def _is_same(store: Store, before: RunRecord, export: Export) -> bool:
     """Whether the run that is there has the same record and the same generations."""
-    if form.to_json(before) != form.to_json(export.run()):
+    imported = export.run()
+    if (settings := unvouched(before.settings)) != before.settings:  # the run that was exported is here itself
+        before = replace(before, settings=settings, settings_sha256=json_sha256(settings))
+    if form.to_json(before) != form.to_json(imported):
         return False
     here = (store.load_generation(export.name, index) for index in store.generation_indices(export.name))
     pairs = zip_longest(here, export.generations())

@@ -106,7 +106,7 @@ def read_job(
     for override in settings:
         apply_override(arguments, override)
     name = calculator or (run.calculator.name if run is not None else "")
-    resolved = resolve(name, arguments, base=Path.cwd())
+    resolved = resolve(name, wiring.vouched(name, arguments), base=Path.cwd())
     resolved.check_available()
     where = _executor({} if run is None else run.executor.model_dump(), executor or {}, executor_settings)
     target = out or Path(f"{file.stem}-labelled.extxyz")

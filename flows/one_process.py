@@ -12,6 +12,7 @@ from flows.leases import RUN_PREFIX, Held, LeaseKeeper, Owner, is_dead, read_own
 
 LOOK_S = 1.0
 MARGIN_S = 2.0
+OTHER_NAME = "wait for it or stop it, or choose another name (--name)"
 
 
 class RunLease:
@@ -56,7 +57,7 @@ class OneProcess:
         return self._runner.map(step, generation, names, ours)
 
 
-def take_run(keeper: LeaseKeeper, name: str, log: Callable[[str], None]) -> RunLease:
+def take_run(keeper: LeaseKeeper, name: str, log: Callable[[str], None], mend: str = OTHER_NAME) -> RunLease:
     """From now on no other process works on the run ``name``.
 
     One that holds it on another machine may have died there: it is waited for as long as a lease lasts.
@@ -76,7 +77,7 @@ def take_run(keeper: LeaseKeeper, name: str, log: Callable[[str], None]) -> RunL
             if who is None or not who.is_here:
                 log(f"waits up to {keeper.lease_s:g} s for run '{name}': {_whose(who)} works on it, or has died")
         if (who is not None and who.is_here) or time.monotonic() > end:
-            raise _busy(name, who)
+            raise _busy(name, who, mend)
         time.sleep(min(LOOK_S, keeper.lease_s / 4))
     return RunLease(keeper, held)
 
@@ -97,8 +98,7 @@ def at_work(store: LeaseStore, name: str) -> Owner | None:
     return None if owner is None or is_dead(owner) else read_owner(owner)
 
 
-def _busy(name: str, who: Owner | None) -> RunBusyError:
-    mend = "wait for it or stop it, or choose another name (--name)"
+def _busy(name: str, who: Owner | None, mend: str = OTHER_NAME) -> RunBusyError:
     return RunBusyError(f"{_whose(who)} works on it now", where=f"run '{name}'", mend=mend)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import re
 import socket
 import sys
 import time
@@ -28,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from alcore.errors import AlLoopError, InputError
 from flows import deployment, environment, processes, profile
+from storage.uris import redact_uri
 
 Echo = Callable[[str], None]
 
@@ -48,7 +48,7 @@ class Addresses:
 
     Attributes:
         dashboard_url: Prefect's pages; its API is below ``/api``.
-        mongodb_uri: as a client needs it (it may hold a password: ``hide_password`` before it is shown).
+        mongodb_uri: as a client needs it (it may hold a password: ``redact_uri`` before it is shown).
         data_dir: databases, logs and pids of the services.
     """
 
@@ -72,7 +72,7 @@ def up(echo: Echo = print) -> Addresses:
     home = environment.data_dir()
     with _locked(home) as state:
         uri = _mongodb(home)
-        echo(f"MongoDB    {hide_password(uri)}")
+        echo(f"MongoDB    {redact_uri(uri)}")
         url = _ensure_server(home, state)
         echo(f"dashboard  {url}")
         _tell_about_other_server(f"{url}/api", echo)
@@ -140,13 +140,6 @@ def connected(echo: Echo = print) -> Iterator[Addresses]:
         yield where
 
 
-def hide_password(uri: str) -> str:
-    """``mongodb://user:secret@host`` without the secret."""
-    from storage.uris import SECRET_OPTIONS
-
-    return SECRET_OPTIONS.sub(r"\1***", re.sub(r"(//[^:/@]*):\S*@", r"\1:***@", uri))
-
-
 # --- the pieces ------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +177,7 @@ def _ensure_server(home: Path, state: dict[str, Any]) -> str:
 
 def _ensure_worker(home: Path, state: dict[str, Any], api_url: str, echo: Echo) -> None:
     """A worker that polls for our deployments; runs that a dead one left behind are told to be Crashed first."""
-    uri = hide_password(environment.mongodb_uri_from_env() or "")
+    uri = redact_uri(environment.mongodb_uri_from_env() or "")
     worker = processes.find(state.get("worker"))
     if worker and state.get("worker_api", api_url) != api_url:
         processes.stop([worker])  # it polls where our server no longer is

@@ -121,7 +121,7 @@ def run_session(
     opened = open_record_store(settings.store, log)
     with closing(opened) as store, closing(LeaseKeeper(store, run=settings.name)) as keeper:
         lease = take_run(keeper, settings.name, log)
-        before = earlier_run(settings, store, parts.pairs, parts.resolved)
+        before = earlier_run(settings, store, parts.pairs, parts.resolved, parts.given)
         with closing(wiring.make_labeler(settings, parts.resolved, store, environment.data_dir(), log)) as labeler:
 
             def end() -> None:
@@ -242,7 +242,7 @@ def refuse_bad_input(settings: RunSettings) -> None:
     parts = read_parts(settings)
     with closing(open_record_store(settings.store)) as store:
         refuse_busy(store, settings.name)
-        earlier_run(settings, store, parts.pairs, parts.resolved)
+        earlier_run(settings, store, parts.pairs, parts.resolved, parts.given)
 
 
 def _through_prefect(settings: RunSettings, say: Callable[[str], None]) -> RunOutcome:

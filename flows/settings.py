@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -70,6 +71,22 @@ def checked_name(name: str) -> str:
     shown = reprlib.repr(name)
     mend = f"letters, digits, dots, dashes and underscores, a letter or digit first, {NAME_LENGTH} at most"
     raise InputError(f"{shown} can be no run's name", where="name", mend=mend)
+
+
+def unvouched(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's plain settings without what vouches for model files that run code: who wrote them is not who reads them,
+    and no model is another one because it is trusted."""
+    found, model, calculator = dict(settings), settings.get("model"), settings.get("calculator")
+    if isinstance(model, Mapping) and "foundation_sha256" in model:
+        found["model"] = {key: value for key, value in model.items() if key != "foundation_sha256"}
+    if isinstance(calculator, Mapping) and calculator.get("name") == "mace":
+        own = calculator.get("settings")
+        if isinstance(own, Mapping) and "sha256" in own:
+            found["calculator"] = {
+                **calculator,
+                "settings": {key: value for key, value in own.items() if key != "sha256"},
+            }
+    return found
 
 
 def _known_foundation(value: Any) -> Any:
@@ -301,6 +318,7 @@ class StoreSettings(Section):
         default=None,
         pattern=r"^mongodb(\+srv)?://.+",
         description="mongodb://...; empty: AL_LOOP_MONGODB_URI, or else the embedded server",
+        json_schema_extra={"pattern": "^[^@]*$"},  # of a deployment's form, where a password would be stored and shown
     )
 
 

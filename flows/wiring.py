@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alcore.endpoints import make_pair, read_atoms, read_band
 from alcore.errors import EndpointError, InputError
+from alcore.identity import sha256_hex
 from alcore.neb import NebSpec
 from alcore.protocols import StepName
 from alcore.selection import SelectSpec
@@ -19,7 +20,13 @@ from alcore.state import LoopSpec
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, Label
 from flows import environment
-from flows.settings import ExecutorSettings, ModelSettings, PathSettings, RunSettings, checked_name
+from flows.settings import (
+    ExecutorSettings,
+    ModelSettings,
+    PathSettings,
+    RunSettings,
+    checked_name,
+)
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -113,11 +120,26 @@ def resolve_calculator(settings: RunSettings, pairs: Sequence[EndpointPair]) -> 
     """
     from calculators.registry import resolve
 
-    resolved = resolve(settings.calculator.name, settings.calculator.arguments())
+    resolved = resolve(settings.calculator.name, vouched(settings.calculator.name, settings.calculator.arguments()))
     resolved.check_available()
     for pair in pairs:
         resolved.check_structure(pair.initial, f"path {pair.name}")
     return resolved
+
+
+def vouched(calculator: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A calculator's settings as ``given``; a model file of ``mace`` that is in the data folder's list has its sha256
+    set, which is how calculators are told that somebody vouches for it."""
+    arguments = dict(given)
+    if calculator != "mace" or arguments.get("sha256") is not None:
+        return arguments
+    from alcore.mace.trust import read_list
+
+    with suppress(OSError, TypeError):  # the calculator says what is wrong with the file
+        sha256 = sha256_hex(Path(arguments.get("model", "")).read_bytes())
+        if sha256 in read_list(environment.data_dir() / TRUSTED_MODELS):
+            arguments["sha256"] = sha256
+    return arguments
 
 
 def make_labeler(

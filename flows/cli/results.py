@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,7 +162,7 @@ def import_(
     watch = on_stderr(quiet=ctx.obj.quiet)
     export = read_export(folder, name=name, watch=watch)  # before a database is even started
     with opened_store(mongodb_uri) as store:
-        done = import_run(database_of(store), export, watch=watch)
+        done = import_run(database_of(store), export, watch=watch, log=ctx.obj.say)
     if done.was_there:
         ctx.obj.line(f"run '{done.name}' is there already, the very same: nothing changed")
         return
@@ -191,7 +192,8 @@ def gc(
 
     with opened_store(mongodb_uri) as store:
         refuse_if_writes_wait(store)
-        rows, kept = collect(database_of(store), data_dir(), run=run, labels=labels, yes=yes)
+        say = partial(print, file=sys.stderr)
+        rows, kept = collect(database_of(store), data_dir(), run=run, labels=labels, yes=yes, log=say)
     if as_json:
         print(json.dumps([{"kind": kind, "count": count, "size_mb": mb} for kind, count, mb in rows], indent=1))
         return

@@ -150,11 +150,14 @@ def test_it_is_a_labeler_that_holds_a_lease_while_a_label_runs(slow: Slow, store
 def test_several_runs_together_keep_to_the_limit(slow: Slow, store: MongoStore, tmp_path: Path) -> None:
     """Three runs of two workers each, and two slots."""
     resolved = slow.resolved()
+    (slow.folder / "hang").touch()
     with ExitStack() as stack, ThreadPoolExecutor(3) as threads:
         labelers = [make(resolved, store, tmp_path / str(i), workers=2, run=str(i)) for i in range(3)]
         for labeler in labelers:
             stack.callback(labeler.close)
         futures = [threads.submit(one.label, requests(resolved, 4, 10 * i)) for i, one in enumerate(labelers)]
+        wait_until(lambda: slow.begun() == 2)
+        (slow.folder / "hang").unlink()
         labels = [label for future in futures for label in future.result()]
     assert len(labels) == 12
     assert all(label.ok for label in labels)

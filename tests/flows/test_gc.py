@@ -243,6 +243,19 @@ def test_an_unfinished_run_keeps_what_is_younger_than_its_sitting(store: MongoSt
     assert "run 'one' is not finished" in said
 
 
+@pytest.mark.parametrize(
+    ("started", "kept"), [("", "2026-01-02"), ("long ago", "2026-01-02"), ("2026-01-01", "2026-01-01")]
+)
+def test_a_sitting_that_does_not_say_when_it_began(started: str, kept: str, store: MongoStore, tmp_path: Path) -> None:
+    """As in the sitting that older databases are given, or in another's export."""
+    odd = dataclasses.replace(run("odd", "running"), sittings=(types.Sitting(started=started),))
+    later = dataclasses.replace(run("later", "running"), sittings=(types.Sitting(started="2026-01-02T00:00:00+00:00"),))
+    store.save_run(odd)
+    store.save_run(later)
+    _, said = collect(store, tmp_path)
+    assert f"nothing younger than {kept} 00:00" in said
+
+
 def test_a_lease_that_ran_out_long_ago_goes(store: MongoStore, tmp_path: Path) -> None:
     assert store.take_lease(["a"], "me", 0.001)
     assert store.take_lease(["b"], "me", 60)
@@ -308,7 +321,7 @@ def test_a_whole_run_goes_and_others_keep_what_they_share(
     assert len(store.load_generations("one")) == 1
     keeper = LeaseKeeper(store, run="one")
     assert keeper.take([f"{RUN_PREFIX}one"])
-    with pytest.raises(RunBusyError, match="somebody works on it"):
+    with pytest.raises(RunBusyError, match=r"works on it now \(wait for it or stop it\)"):
         collect(store, tmp_path, run="one", yes=True)
     keeper.close()
     collect(store, tmp_path, run="one", yes=True)
@@ -320,6 +333,46 @@ def test_a_whole_run_goes_and_others_keep_what_they_share(
     assert store.load_generations("two")[0].paths[0].band is not None
     with pytest.raises(InputError, match="no run named 'one'"):
         collect(store, tmp_path, run="one", yes=True)
+
+
+def test_what_a_cut_off_import_left_goes_without_a_run_record(
+    store: MongoStore, tmp_path: Path, folders: Callable[[], set[str]]
+) -> None:
+    for index in range(2):
+        store.save_generation(generation("left", index, 7, [], (label(1).key,)))
+    store.save_label(label(1), "left")
+    assert [row[1] for row in collect(store, tmp_path, run="left")[0]] == [2, 0]
+    done, _ = collect(store, tmp_path, run="left", yes=True)
+    assert [row[1] for row in done] == [2, 0]
+    assert store.load_generations("left") == []
+    store.save_step("left", 0, "probe/hop", {"result": 1})
+    assert collect(store, tmp_path, run="left", yes=True)[0][0][1] == 1
+    assert store.step_places("left") == []
+    with pytest.raises(InputError, match="no run named 'left'"):
+        collect(store, tmp_path, run="left", yes=True)
+    assert {name.split("/")[0] for name in folders()} == {*RUNS, "unknown"}
+
+
+def test_a_run_with_jobs_in_a_queue_stays(store: MongoStore, tmp_path: Path) -> None:
+    executor = {"kind": "pyiron", "queue": "slurm"}
+    store.save_run(dataclasses.replace(run("one"), settings={"executor": executor}))
+    jobs = [tmp_path / "calculations" / "one" / "jobs" / f"label_{k}_hdf5" / f"label_{k}" for k in range(4)]
+    for job in jobs:
+        job.mkdir(parents=True)
+        (job / "job.json").write_text("{}")
+    (jobs[0] / "outcome.npz").write_bytes(b"")
+    (jobs[1] / "error.txt").write_text("it crashed")
+    for yes in (False, True):
+        with pytest.raises(
+            InputError, match=r"run 'one': 2 jobs of it in the queue slurm .*`al-loop cancel one` first"
+        ):
+            collect(store, tmp_path, run="one", yes=yes)
+    assert jobs[3].exists()
+    assert store.load_run("one") is not None
+    for job in jobs[2:]:
+        (job / "outcome.npz").write_bytes(b"")
+    collect(store, tmp_path, run="one", yes=True)
+    assert not jobs[0].exists()
 
 
 def test_the_verb_shows_and_removes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

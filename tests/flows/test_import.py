@@ -245,9 +245,58 @@ def test_labels_that_are_there_stay(databases: Callable[[], MongoStore], exporte
 def test_while_a_process_works_on_a_run_of_that_name(exported: Path) -> None:
     store = MemoryStore()
     store.take_lease(["run/hop"], new_owner("hop"), 60)
-    with pytest.raises(RunBusyError, match="a process works on the run 'hop' now"):
+    with pytest.raises(RunBusyError, match=r"^run 'hop': process \d+ on .* works on it now \(.*--name"):
         import_run(store, read_export(exported))
     assert import_run(store, read_export(exported, name="new")).n_labels == 3
+
+
+def test_after_an_import_that_was_killed_the_next_need_not_wait(exported: Path) -> None:
+    store = MemoryStore()
+    *who, _, _ = new_owner("hop").split("|")
+    store.take_lease(["run/hop"], "|".join([*who, "1.00", "hop"]), 60)  # a process of this machine that is no more
+    assert import_run(store, read_export(exported)).n_labels == 3
+
+
+def test_labels_of_an_unknown_calculator_travel_too(exported: Path) -> None:
+    """Brought along in a file that did not say who made them: they have keys of their own."""
+    store, other = MemoryStore(), MemoryStore()
+    fill(store)
+    label = labelled("z")
+    store.save_label(dataclasses.replace(label, key=label_key(label.structure, "f, unproven")), "hop")
+    import_run(other, read_export(export_run(store, "hop", exported.with_name("unproven"))))
+    assert_same_run(store, other, "hop")
+
+
+def test_an_imported_run_vouches_for_no_model_file(exported: Path) -> None:
+    store, other = MemoryStore(), MemoryStore()
+    fill(store)
+    values = {
+        "name": "hop",
+        "model": {"foundation": "a.model", "foundation_sha256": "e" * 64, "committee": 2},
+        "calculator": {"name": "mace", "settings": {"model": "b.model", "sha256": "d" * 64}},
+    }
+    store.save_run(RunRecord(name="hop", settings=values, settings_sha256=json_sha256(values)))
+    out = export_run(store, "hop", exported.with_name("vouched"))
+    text = (out / "run.yaml").read_text()
+    assert "a.model" in text
+    assert "b.model" in text
+    assert "e" * 64 not in text
+    assert "d" * 64 not in text
+    assert import_run(store, read_export(out)).was_there, "the run that was exported"
+    import_run(other, read_export(out))
+    run = other.load_run("hop")
+    assert run is not None
+    assert run.settings == {
+        "name": "hop",
+        "model": {"foundation": "a.model", "committee": 2},
+        "calculator": {"name": "mace", "settings": {"model": "b.model"}},
+    }
+    assert run.settings_sha256 == json_sha256(run.settings)
+    assert import_run(other, read_export(out)).was_there
+    values["model"]["committee"] = 3  # type: ignore[index]
+    store.save_run(RunRecord(name="hop", settings=values, settings_sha256=json_sha256(values)))
+    with pytest.raises(InputError, match="there is another run"):
+        import_run(store, read_export(out))
 
 
 def test_an_import_that_was_cut_off_is_done_again(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from alcore.mace.models import build_model
 from calculators.registry import resolve
 from flows import processes, wiring
 from flows.cli import app
-from flows.runfile import resolve_settings
+from flows.label import read_job
+from flows.runfile import load_run_file, resolve_settings
 from flows.services import WORKER_MARK
 from flows.settings import ModelSettings, PathSettings, checked_name
 from storage.mongod import ensure_mongod, find_mongod
@@ -200,9 +202,40 @@ def test_a_model_that_somebody_vouches_for_is_loaded_with_a_warning(hop: Any, ho
         resolve("mace", {"model": odd.foundation, "sha256": digest}).check_available()
     with pytest.raises(CalculatorError, match=r"calculator\.settings\.sha256"):
         resolve("mace", {"model": odd.foundation}).check_available()
+    teacher = hop.run_file("taught", calculator={"name": "mace", "settings": {"model": "odd.model"}})
+    assert "calculator.settings.sha256" in al_loop("check", teacher).stderr
+    listed.write_text(f"{digest}  by me\n")
+    try:
+        result = al_loop("check", teacher)
+        assert result.exit_code == 0, result.output
+        job = read_job(hop.folder / "initial.extxyz", None, like=teacher, out=hop.folder / "labelled.extxyz")
+        assert job.resolved.fingerprint[:12] in result.stdout, "trusted or not, it is the same reference"
+    finally:
+        listed.unlink()
 
 
 # --- passwords --------------------------------------------------------------------------------------------------------
+
+
+def test_a_password_does_not_pass_the_form_of_a_deployment(hop: Any) -> None:
+    """Prefect checks parameters by their schema before it stores them; a run file may hold one."""
+    from prefect.utilities.schema_tools.validation import ValidationError as Refused
+    from prefect.utilities.schema_tools.validation import validate
+
+    from flows.al_loop import al_loop as flow
+
+    schema = flow.parameters.model_dump()
+    for address, taken in (
+        (f"mongodb://me:{SECRET}@h/", False),
+        (f"mongodb+srv://{SECRET}@h/", False),
+        ("mongodb://h:1/", True),
+        (None, True),
+    ):
+        file = hop.run_file("form", store={"mongodb_uri": address})
+        settings = load_run_file(file).model_dump(mode="json")
+        assert settings["store"]["mongodb_uri"] == address
+        with nullcontext() if taken else pytest.raises(Refused):
+            validate({"settings": settings}, schema, raise_on_error=True, ignore_required=True)
 
 
 def test_a_password_is_no_parameter_of_a_deployment() -> None:

@@ -104,13 +104,20 @@ def test_stop_kills_what_ignores_sigterm(tmp_path: Path) -> None:
     assert processes.find(started) is None
 
 
-def test_hide_password() -> None:
-    assert services_module.hide_password("mongodb://me:s3cret@host:1/db") == "mongodb://me:***@host:1/db"
-    assert services_module.hide_password("mongodb://me:s3@cret@host:1/db") == "mongodb://me:***@host:1/db"
-    assert (
-        services_module.hide_password("mongodb://127.0.0.1:1/?replicaSet=rs0")
-        == "mongodb://127.0.0.1:1/?replicaSet=rs0"
-    )
+@pytest.mark.parametrize(
+    "address", ["mongodb://me:s3cret@host:1/db", "mongodb://me:s3cret//x@y@host:1/db", "mongodbb:me:s3cret@host"]
+)
+def test_up_says_no_password(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("AL_LOOP_HOME", str(tmp_path))
+    monkeypatch.setenv("AL_LOOP_MONGODB_URI", address)
+    monkeypatch.setattr(services_module, "_ensure_server", lambda home, state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        services_module.up(said.append)
+    assert len(said) == 1
+    assert "***@" in said[0]
+    assert "s3cret" not in said[0]
+    assert "me:" not in said[0]
 
 
 def test_up_again_changes_nothing(services: object) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,65 @@ def test_the_same_end_states_may_lie_elsewhere(
         (copied / name).write_bytes((hop.folder / name).read_bytes())
     paths = [{"name": "hop", "initial": "copied/initial.extxyz", "final": "copied/final.extxyz"}]
     assert run(hop.run_file("finished", paths=paths)).run.status == "converged"
+
+
+def _perturbed(file: Path, seed: int, moved: float = 0.0) -> None:
+    """One labelled frame that does not say which calculator made it."""
+    atoms = ase.io.read(file.parent / "initial.extxyz")
+    atoms.rattle(0.05, seed=seed)
+    atoms.positions[8, 2] += moved
+    atoms.calc = EMT()
+    atoms.get_forces()
+    ase.io.write(file, atoms)
+
+
+def test_brought_along_data_and_bands_may_lie_elsewhere_but_be_no_others(hop: Any, home: Path, tmp_path: Path) -> None:
+    images = [ase.io.read(hop.folder / f"{end}.extxyz") for end in ("initial", "initial", "final")]
+    images[1].positions += 0.5 * (images[2].positions - images[0].positions)
+    ase.io.write(hop.folder / "band.traj", images)
+    _perturbed(hop.folder / "mine.extxyz", 1)
+    options: dict[str, Any] = {
+        "tag": "finished",
+        "paths": [{"name": "hop", "band": "band.traj"}],
+        "data": ["mine.extxyz"],
+        "stop": {"max_generations": 1},
+    }
+    file = hop.run_file("brought", **options)
+    asked = run(file).generations[-1].n_reference_calls
+    assert run(file).generations[-1].n_reference_calls == asked
+    out = tmp_path / "out"
+    assert al_loop("export", "brought", "-o", out).exit_code == 0
+    (hop.folder / "mine.extxyz").rename(hop.folder / "moved.extxyz")
+    (hop.folder / "band.traj").rename(hop.folder / "moved.traj")
+    assert al_loop("import", out, "--name", "brought-2").exit_code == 0
+    for name in ("brought", "brought-2"):
+        gone_on = run_session(load_run_file(out / "run.yaml", name=name), runner=PlainRunner({"label": 1}))
+        assert gone_on.generations[-1].n_reference_calls == asked
+        assert len(gone_on.generations) == 2
+    moved = {"paths": [{"name": "hop", "band": "moved.traj"}], "data": ["moved.extxyz"]}
+    assert al_loop("check", hop.run_file("brought", **options | moved)).exit_code == 0
+    for change in (lambda: _perturbed(hop.folder / "moved.extxyz", 2), (hop.folder / "none").touch):
+        change()
+        data = [] if (hop.folder / "none").exists() else ["moved.extxyz"]
+        for verb in (("run", "--no-server"), ("check",)):
+            refused = al_loop(*verb, hop.run_file("brought", **options | moved | {"data": data}))
+            assert refused.exit_code == 2, refused.output
+            assert "with other settings: data: the labels in its files were others (choose" in refused.stderr
+
+
+def test_what_a_cut_off_import_left_is_not_gone_on_with(finished: RunOutcome, hop: Any, home: Path) -> None:
+    with closing(open_record_store(None)) as store:
+        for record in finished.generations[:2]:
+            store.mongo.save_generation(replace(record, run="left"))  # as an import does
+    file = hop.run_file("left", tag="finished", **FIRST_TWO)
+    for verb in (("run", "--no-server"), ("check",)):
+        refused = al_loop(*verb, file)
+        assert refused.exit_code == 2, refused.output
+        assert refused.stderr.startswith("name: 2 generations of a run 'left' without its record"), refused.stderr
+        assert "`al-loop gc --run left --yes`" in refused.stderr
+    assert al_loop("gc", "--run", "left", "--yes").exit_code == 0
+    assert al_loop("run", "--no-server", file).exit_code == 3
+    assert len(stored_generations("left")) == 2
 
 
 def test_a_spent_budget_is_exit_3_and_a_larger_one_goes_on(finished: RunOutcome, hop: Any, home: Path) -> None:

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from alcore.identity import json_sha256, label_key
@@ -187,6 +189,31 @@ def test_records_that_no_export_writes_leave_the_database_as_it_was(
     said = refused(exported)
     assert said.startswith(f"/{name}: line {number + 1}: not what `al-loop export` writes: ")
     assert expected in said
+
+
+def test_a_foreign_run_cannot_vouch_for_a_model_that_runs_code(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    monkeypatch.setenv("AL_LOOP_HOME", str(tmp_path / "home"))
+    file = tmp_path / "gift.model"
+    torch.save(Trap(), file)
+    store = MemoryStore()
+    import_run(store, read_export(exported))
+    record, run = store.load_generation("hop", 0), store.load_run("hop")
+    assert record is not None
+    assert run is not None
+    model = {"foundation": str(file), "foundation_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    store.save_generation(replace(record, index=3))  # with a committee
+    store.save_run(replace(run, settings={"name": "hop", "model": model}))  # as a database from elsewhere may hold it
+    lines: list[str] = []
+    export_run(store, "hop", tmp_path / "again", log=lines.append)
+    assert not (tmp_path / "sprung").exists()
+    assert "running the code inside it" in lines[-1]
+    assert "trusted-models.txt" in lines[-1]
 
 
 def test_nothing_is_ever_unpickled(exported: Path, tmp_path: Path) -> None:
