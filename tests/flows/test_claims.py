@@ -101,11 +101,13 @@ def wait_until(happened: Callable[[], bool], limit_s: float = 60.0) -> None:
 
 @pytest.fixture
 def store(home: Path) -> Iterator[MongoStore]:
-    """The real one; what an earlier test left is gone."""
+    """The real one, shared with other modules; what a test leaves is gone."""
     opened = open_store(None, home)
     for name in ("leases", "labels"):
         opened._database[name].delete_many({})
     yield opened
+    for name in ("leases", "labels"):
+        opened._database[name].delete_many({})
     opened.close()
 
 

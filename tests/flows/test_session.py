@@ -190,7 +190,7 @@ def test_brought_along_data_and_bands_may_lie_elsewhere_but_be_no_others(hop: An
     ase.io.write(hop.folder / "band.traj", images)
     _perturbed(hop.folder / "mine.extxyz", 1)
     options: dict[str, Any] = {
-        "tag": "finished",
+        "tag": "brought",
         "paths": [{"name": "hop", "band": "band.traj"}],
         "data": ["mine.extxyz"],
         "stop": {"max_generations": 1},
