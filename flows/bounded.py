@@ -11,11 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from alcore.protocols import LeaseStore
 from alcore.types import Label, LabelRequest
 from calculators.labeling import ExecutorLabeler, PoolClosedError, label_each
 from flows.leases import LEASE_S, TELL_EVERY_S, Held, LeaseKeeper, Waiting, read_owner
+
+if TYPE_CHECKING:
+    from storage.durable import DurableStore
 
 SETTLE_S = 0.2
 """A signal to all processes at once, as a cluster sends, may end a calculation just before this process hears of it."""
@@ -135,3 +139,10 @@ class BoundedLabeler:
         what = "1 label of other runs is" if len(others) == 1 else f"{len(others)} labels of other runs are"
         who = f" ({runs})" if runs else ""
         self._log(f"waits: {what} being computed{who}, at most {self.limit} at once in {self.pool}")
+
+
+def stop_labelling(labeler: BoundedLabeler, store: DurableStore) -> None:
+    """Ends what ``labeler`` runs and whoever waits, for a slot, a label or the database: this process is to end."""
+    labeler.closed.set()
+    store.stop_waiting()
+    labeler.close()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from alcore.types import Candidate, Label, LabelRequest, Structure
 from alcore.vetting import believed, vet
 from calculators.labeling import label_each
 from flows import environment, wiring
+from flows.bounded import BoundedLabeler, stop_labelling
 from flows.claims import LabelClaims
 from flows.export import labelled_atoms
 from flows.leases import LeaseKeeper
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from calculators.base import ResolvedCalculator
-    from flows.bounded import BoundedLabeler
     from storage.durable import DurableStore
 
 
@@ -183,12 +184,7 @@ def run_job(job: LabelJob, store: DurableStore, console: Console, *, quiet: bool
         with _progress(job, len(wanted), console, quiet) as (tell, say):
             what = f"al-loop label {job.source}"
             labeler = wiring.open_labeler(job.executor, job.resolved, store, folder, run=what, log=say)
-
-            def end() -> None:
-                labeler.closed.set()
-                store.stop_waiting()
-                labeler.close()
-
+            end = partial(stop_labelling, labeler, store)
             with closing(LeaseKeeper(store, run=what)) as keeper, closing(labeler), terminable(), signals_call(end):
                 claims = LabelClaims(keeper, store, stop=labeler.closed, log=say)
                 work = _Work(wanted, labeler, claims, store)

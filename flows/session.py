@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alcore.errors import AlLoopError, InputError, StoreError
@@ -14,6 +15,7 @@ from alcore.runner import PlainRunner
 from alcore.state import LoopState, Workshop
 from alcore.types import EndpointPair, GenerationRecord, Label, RunRecord, StopCode
 from flows import environment, wiring
+from flows.bounded import BoundedLabeler, stop_labelling
 from flows.claims import LabelClaims
 from flows.earlier import change_lines, earlier_run, plain_settings
 from flows.leases import LeaseKeeper
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from calculators.base import ResolvedCalculator
-    from flows.bounded import BoundedLabeler
     from storage.durable import DurableStore
 
 RunStatus = Literal["running", "converged", "budget_spent", "failed", "cancelled"]
@@ -123,14 +124,8 @@ def run_session(
         lease = take_run(keeper, settings.name, log)
         before = earlier_run(settings, store, parts.pairs, parts.resolved, parts.given)
         with closing(wiring.make_labeler(settings, parts.resolved, store, environment.data_dir(), log)) as labeler:
-
-            def end() -> None:
-                labeler.closed.set()
-                store.stop_waiting()
-                labeler.close()
-
             run = _open_run(settings, store, before, log)
-            generations = store.load_generations(run.name)
+            generations: list[GenerationRecord] = []
 
             def heard(record: GenerationRecord, labels: Mapping[str, Label]) -> None:
                 generations.append(record)
@@ -148,8 +143,11 @@ def run_session(
                     log=log,
                 )
                 spec = wiring.loop_spec(settings, sitting=len(run.sittings) - 1)
+                end = partial(stop_labelling, labeler, store)
                 with signals_call(end), show_slots(labeler), wiring.few_threads(parts.pairs, spec):
-                    state = run_loop(begin(parts.pairs, spec, shop, parts.given), spec, shop)
+                    state = begin(parts.pairs, spec, shop, parts.given)
+                    generations += state.records
+                    state = run_loop(state, spec, shop)
                 lease.check(ask=True)
             except BaseException as error:
                 with suppress(StoreError):  # if the store is what failed, that is what should be heard of

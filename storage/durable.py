@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mongoengine import Document
-
 from alcore.errors import StoreError, StoreUnreachableError
 from alcore.identity import sha256_hex
 from alcore.plain import from_plain, to_plain
@@ -147,18 +145,6 @@ class DurableStore:
                 if (run, generation - 1) in self._generations and (run, generation, name) not in self._steps:
                     return None
         return self._courier.call(lambda: self.mongo.load_step(run, generation, name))
-
-    def query(self, kind: type[Document], **filters: Any) -> Any:
-        """As ``MongoStore.query``, with all that waited delivered."""
-        return self._courier.call(lambda: self.mongo.query(kind, **filters))
-
-    def delete_run(self, name: str) -> bool:
-        """As ``MongoStore.delete_run``."""
-        return self._courier.call(lambda: self.mongo.delete_run(name))
-
-    def count_labels_by_status(self, run: str | None = None) -> dict[str, int]:
-        """As ``MongoStore.count_labels_by_status``."""
-        return self._courier.call(lambda: self.mongo.count_labels_by_status(run))
 
     # leases
 
