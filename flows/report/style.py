@@ -67,7 +67,9 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
         import matplotlib as mpl
 
-        with mpl.rc_context({**mpl.rcParamsDefault, "backend": "agg", **_RC}):
+        # Every setting but the backend: rc_context does not give that one back, and the figure's canvas needs none.
+        defaults = {name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"}
+        with mpl.rc_context({**defaults, **_RC}):
             return draw(*args, **kwargs)
 
     return inside
