@@ -13,6 +13,8 @@ from alcore.types import Band, BarrierEstimate, Candidate, Extremum, FloatArray,
 
 EXTREMUM_DEPTH_EV = 1e-3
 """Wiggles of the spline shallower than this are not reported as extrema."""
+RIVAL_SIGMAS = 2.0
+"""A saddle that lies more than this many of its sigmas below the highest one is not the highest."""
 
 
 def tangential_slopes(band: Band) -> FloatArray:
@@ -86,6 +88,23 @@ def doubtful_well(band: Band, tolerance_ev: float) -> int | None:
     return deepest if depth > tolerance_ev and band.sigma_ev[deepest] > tolerance_ev else None
 
 
+def doubtful_rival(band: Band, tolerance_ev: float) -> int | None:
+    """The saddle of another segment that may be the highest of all, within its uncertainty; None if none may.
+
+    A saddle known to the tolerance is no rival: whichever of the two is higher, the barrier is the same within it.
+    """
+    energies, sigma = band.energies_ev, band.sigma_ev
+    marks = [0, *band.minima, len(energies) - 1]
+    tops = [int(energies[a + 1 : b].argmax()) + a + 1 for a, b in pairwise(marks)]
+    highest = max(tops, key=lambda k: energies[k])
+    rivals = [
+        k
+        for k in tops
+        if k != highest and sigma[k] > tolerance_ev and energies[k] + RIVAL_SIGMAS * sigma[k] > energies[highest]
+    ]
+    return max(rivals, key=lambda k: energies[k] + RIVAL_SIGMAS * sigma[k], default=None)
+
+
 def held_against(candidate: Candidate, label: Label, initial: Label | None, generation: int) -> Residual | None:
     """The label against what was predicted before it; None if there was no prediction, or nothing to compare with."""
     if not label.ok or initial is None or not initial.ok:
@@ -105,6 +124,7 @@ def held_against(candidate: Candidate, label: Label, initial: Label | None, gene
         sigma_ev=candidate.sigma_ev or 0.0,
         fmax_ev_per_ang=label.structure.free_fmax(label.forces),
         by_lead_ev=dict(candidate.by_lead_ev),
+        image=candidate.image,
     )
 
 
@@ -122,7 +142,8 @@ def label_fmax(label: Label | None) -> float | None:
 
 
 def count_calls(before: Mapping[str, int], answered: Iterable[tuple[str, Label]]) -> dict[str, int]:
-    """Evaluations of the reference by kind; a failed one counts under its kind and under ``failed``, a reused one not.
+    """Evaluations of the reference by kind; a failed one counts under its kind and under ``failed``, one that
+    was reused or derived by symmetry not at all.
 
     Args:
         before: counts up to the last generation.
@@ -130,7 +151,7 @@ def count_calls(before: Mapping[str, int], answered: Iterable[tuple[str, Label]]
     """
     counts = dict(before)
     for kind, label in answered:
-        if label.reused:
+        if label.reused or label.derived_from:
             continue
         counts[kind] = counts.get(kind, 0) + 1
         if not label.ok:

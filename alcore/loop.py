@@ -23,6 +23,7 @@ from alcore.spin import path_jumps
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
 from alcore.steps import Steps
 from alcore.stopping import budget, overall, unmet
+from alcore.symmetry import derived_label, first_of_its_kind, symmetric_ends
 from alcore.types import (
     Dataset,
     Decision,
@@ -148,7 +149,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             probed = Steps(shop, spec.run, index).remembered(
                 "probe",
                 open_paths,
-                lambda name: _probe(name, state, probe_spec, shop),
+                lambda name: _symmetric(_probe(name, state, probe_spec, shop), state.pairs[name], spec, shop),
                 inputs={
                     "spec": probe_spec,
                     "learned": state.surrogate.describe(),
@@ -160,7 +161,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         probes = dict(zip(open_paths, probed, strict=True))
         with _timed(seconds, "label"):
             requests = _requests(probes, state, spec, shop, index)
-            labels = _obtain(requests, index, spec.run, shop)
+            labels = _obtain(requests, state, spec, shop)
         state, paths = measure(state, probes, requests, labels, spec, shop)
         labels = state.labels
         answered = [(r.candidate.kind, labels[r.key]) for r in requests]
@@ -179,7 +180,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             n_labels_reused=sum(label.reused for _, label in state.asked.values()),
             calls_by_kind=calls,
             doubts=dict(state.doubts),
-            calibration=calibrate([*state.residuals, *(r for p in paths for r in p.residuals)]),
+            calibration=calibrate([*state.residuals, *state.independent(r for p in paths for r in p.residuals)]),
             surrogate=state.surrogate.describe(),
             seconds=seconds,
             sitting=spec.sitting,
@@ -238,19 +239,40 @@ def _record(record: GenerationRecord, shop: Workshop) -> None:
     shop.store.forget_steps(record.run, record.index)
 
 
-def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Workshop) -> dict[str, Label]:
-    """A label for every request: from the store where it is good, else from the reference, and then stored at once.
+def _symmetric(probe: Probe, pair: EndpointPair, spec: LoopSpec, shop: Workshop) -> Probe:
+    """End states that are nearly images of each other made exact ones, so that one label serves both."""
+    if not spec.neb.symmetry:
+        return probe
+    candidates, said = symmetric_ends(probe.candidates, pair)
+    if said:
+        shop.log(f"{pair.name}: {said}")
+    return replace(probe, candidates=candidates)
+
+
+def _obtain(requests: Sequence[LabelRequest], state: LoopState, spec: LoopSpec, shop: Workshop) -> dict[str, Label]:
+    """A label for every request: from the store where it is good, else by symmetry from one that is known, else from
+    the reference; and then stored at once.
 
     One that failed is asked for again, but not where this very generation had asked for it before it was interrupted.
     """
     by_key = {request.key: request for request in requests}
+    index, run, symmetry = len(state.records), spec.run, spec.neb.symmetry
     mine = {"computed_by": run, "generation": index}
-    stored = shop.store.load_labels(list(by_key))
     known = {
-        key: _owned(label, run) for key, label in stored.items() if label.ok or mine.items() <= label.details.items()
+        key: _owned(label, run)
+        for key, label in shop.store.load_labels(list(by_key)).items()
+        if (label.ok and (symmetry or not label.derived_from)) or mine.items() <= label.details.items()
     }
     for label in known.values():
         shop.store.save_label(label, run)
+
+    def derived(keys: Sequence[str], sources: Sequence[Label]) -> dict[str, Label]:
+        found = {key: derived_label(by_key[key].candidate.structure, sources) for key in keys}
+        images = {k: replace(v, details={**v.details, **mine}) for k, v in found.items() if v is not None}
+        for key, label in images.items():
+            shop.store.save_label(label, run)
+            shop.log(f"label {key[:6]} follows by symmetry from {label.derived_from[:6]}: no reference call")
+        return images
 
     def work(key: str) -> Label:
         with shop.claims.claim(key) as others:
@@ -268,14 +290,25 @@ def _obtain(requests: Sequence[LabelRequest], index: int, run: str, shop: Worksh
             )
         return label
 
-    missing = [key for key in by_key if key not in known]
-    fresh = shop.runner.map("label", index, missing, work) if missing else []
-    return {**known, **dict(zip(missing, fresh, strict=True))}
+    before = [*state.labels.values(), *known.values()]
+    sources = [label for label in before if label.fingerprint == shop.labeler.fingerprint]
+    while missing := [key for key in by_key if key not in known]:
+        if symmetry:
+            known |= derived(missing, sources)
+            missing = [key for key in missing if key not in known]
+            leaders = first_of_its_kind([by_key[key].candidate.structure for key in missing])
+            missing = [missing[k] for k in dict.fromkeys(leaders)]
+        # once these are there, their images follow; those of one that failed are computed after all
+        fresh = shop.runner.map("label", index, missing, work) if missing else []
+        known |= dict(zip(missing, fresh, strict=True))
+        sources = fresh
+    return {key: known[key] for key in by_key}
 
 
 def _owned(label: Label, run: str) -> Label:
-    """A stored label counts as reused unless this very run had computed it before it was interrupted."""
-    return replace(label, reused=label.details.get("computed_by") != run)
+    """A stored label counts as reused unless this very run had computed it before it was interrupted, or it is one that
+    nobody computed."""
+    return replace(label, reused=not label.derived_from and label.details.get("computed_by") != run)
 
 
 def _learn(state: LoopState, paths: Sequence[PathRecord], steps: Steps) -> LoopState:
@@ -292,7 +325,7 @@ def _learn(state: LoopState, paths: Sequence[PathRecord], steps: Steps) -> LoopS
         pack=trainer.pack_member,
         unpack=trainer.unpack_member,
     )
-    residuals = [*state.residuals, *(r for p in paths for r in p.residuals)]
+    residuals = [*state.residuals, *state.independent(r for p in paths for r in p.residuals)]
     surrogate = trainer.finish(state.surrogate, dict(zip(due, trained, strict=True)), state.dataset, residuals)
     return replace(state, surrogate=surrogate)
 

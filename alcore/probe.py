@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from alcore.barrier import estimate_barrier, label_fmax
 from alcore.endpoints import relax_end_state
-from alcore.neb import Guards, NebSpec, Relaxed, interpolate, path_coordinate, relax_band
+from alcore.neb import Guards, NebSpec, Relaxed, interpolate, path_coordinate
 from alcore.protocols import Surrogate
+from alcore.segments import relax_path
 from alcore.selection import SelectSpec, select
 from alcore.types import (
     Band,
@@ -121,9 +122,10 @@ def probe_path(
             again=again,
             unasked=lambda place: key_of(place) not in asked,
         )
-    start = _start(pair, spec, previous)
-    band, prediction = relaxed_band(pair, surrogate, spec, start, again)
-    if previous is not None and previous.saddle_key in {key_of(band.structure(k)) for k in range(1, len(start) - 1)}:
+    start, minima = _start(pair, spec, previous)
+    band, prediction = relaxed_band(pair, surrogate, spec, start, again, minima)
+    inner = range(1, len(band.positions) - 1)
+    if previous is not None and previous.saddle_key in {key_of(band.structure(k)) for k in inner}:
         # The band did not move, so its saddle could never be put to the test again: come to it another way.
         band, prediction = relaxed_band(pair, surrogate, spec, interpolate(pair, spec.neb), again)
     candidates = select(band, prediction, spec.select, key_of=key_of, labelled=asked, guards=spec.guards)
@@ -172,7 +174,10 @@ def _settle(
         place = structure.moved(relaxed.positions[0])
         other = pair.final if side == "initial" else pair.initial
         if np.abs(place.positions - other.positions).max() < 0.1:
-            return Probe(candidates=(), hopeless=f"the {side} state relaxes into the other one: it is no minimum")
+            return Probe(
+                candidates=(),
+                hopeless=f"the {side} state relaxes into the other one: it is no minimum; give one beyond it",
+            )
         place = again(place)
         if unasked(place):
             candidates.append(
@@ -183,15 +188,15 @@ def _settle(
     return Probe(candidates=tuple(candidates))
 
 
-def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> FloatArray:
-    """The last band if it was sound and well predicted, otherwise a fresh interpolation."""
+def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> tuple[FloatArray, tuple[int, ...]]:
+    """The last band and where it was divided if it was sound and well predicted, otherwise a fresh interpolation."""
     if previous is not None and previous.band is not None and previous.band.converged:
         ends = previous.band.positions[[0, -1]]
         same = np.allclose(ends[0], pair.initial.positions) and np.allclose(ends[1], pair.final.positions)
         errors = [abs(r.error_ev) for r in previous.residuals]
         if same and errors and max(errors) < TRUSTED_ERROR_EV:
-            return previous.band.positions
-    return interpolate(pair, spec.neb)
+            return previous.band.positions, previous.band.minima
+    return interpolate(pair, spec.neb), ()
 
 
 def _doubt(pair: EndpointPair, surrogate: Surrogate, start: FloatArray) -> Callable[[FloatArray], str]:
@@ -216,6 +221,7 @@ def relaxed_band(
     spec: ProbeSpec,
     start: FloatArray,
     again: Callable[[Structure], Structure] = lambda structure: structure,
+    minima: Sequence[int] = (),
 ) -> tuple[Band, CommitteePrediction]:
     """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state.
 
@@ -223,8 +229,18 @@ def relaxed_band(
         pair, surrogate, spec: see ``probe_path``.
         start: where the images start, Å, ``(n_images, n_atoms, 3)``.
         again: moves an image a little if asking for it as it is would be of no use.
+        minima: images of ``start`` at which it is divided.
     """
-    relaxed: Relaxed = relax_band(surrogate, pair.initial, start, spec.neb, spec.guards, _doubt(pair, surrogate, start))
+
+    def unsure(two: FloatArray) -> float:
+        prediction = surrogate.predict(pair.initial, two)
+        committee, posterior = relative_sigmas(prediction)
+        return float(calibrated(of_lead(committee, prediction.lead), posterior, spec.calibration)[1])
+
+    doubt = _doubt(pair, surrogate, start)
+    relaxed: Relaxed = relax_path(
+        surrogate, pair.initial, start, spec.neb, spec.guards, doubt, minima=minima, unsure=unsure
+    )
     inner = [again(pair.initial.moved(place)).positions for place in relaxed.positions[1:-1]]
     positions = np.stack([relaxed.positions[0], *inner, relaxed.positions[-1]])
     prediction = surrogate.predict(pair.initial, positions)
@@ -246,5 +262,6 @@ def relaxed_band(
         climbing_image=relaxed.climbing_image,
         fmax_ev_per_ang=relaxed.fmax_ev_per_ang,
         n_steps=relaxed.n_steps,
+        minima=relaxed.minima,
     )
     return band, prediction

@@ -1,4 +1,8 @@
-"""Which images deserve a label."""
+"""Which images deserve a label.
+
+Strategies: ``saddle+uncertainty``; ``uncertainty``, without the saddle; ``barrier-variance``, the label that tells most
+about the height of the highest image, whichever that is; ``random``, to compare with.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,27 @@ from typing import Literal
 
 import numpy as np
 
-from alcore.barrier import doubtful_well
+from alcore.barrier import doubtful_rival, doubtful_well
 from alcore.neb import Guards, closest_contact
-from alcore.types import Band, Candidate, CommitteePrediction, LabelKind, Structure
+from alcore.types import Band, Candidate, CommitteePrediction, FloatArray, LabelKind, Structure
 from alcore.uncertainty import of_lead
+
+Strategy = Literal["saddle+uncertainty", "uncertainty", "barrier-variance", "random"]
+N_DRAWS = 2000
+"""Bands drawn from the posterior to see which image is the highest: its chance is known within 1 %."""
+NOISE_EV2 = 1e-6
+"""Variance of a label's energy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectSpec:
-    """Field names as in the run file; ``well_tolerance_ev`` is the barrier's tolerance."""
+    """Field names as in the run file; ``well_tolerance_ev`` is the barrier's tolerance, ``seed`` that of the strategy
+    ``random``."""
 
-    strategy: Literal["saddle+uncertainty", "uncertainty"] = "saddle+uncertainty"
+    strategy: Strategy = "saddle+uncertainty"
     labels_per_generation: int = 1
     well_tolerance_ev: float = 0.01
+    seed: int = 0
 
 
 def select(
@@ -34,10 +46,12 @@ def select(
 ) -> list[Candidate]:
     """The saddle if the band is converged and has one, then the most uncertain images, greedily.
 
-    Before the saddle comes a well below both ends that no label supports. Each pick conditions the posterior of the
+    Before the saddle come a well below both ends that no label supports, and the saddle of another segment that may be
+    the highest and is known less. Each pick conditions the posterior of the
     others on itself, so a batch spreads over the band (greedy variance reduction, Krause et al., JMLR 9, 235 (2008)). A
     band that did not converge has no saddle worth a label: there the most uncertain image comes first, since labelling
-    the highest one stalls the loop.
+    the highest one stalls the loop. With ``barrier-variance`` a band that converged and has a saddle is asked by
+    ``barrier_gain`` instead; with ``random`` any open image of any band will do.
 
     Args:
         band: the probed band.
@@ -62,19 +76,54 @@ def select(
         open_images.remove(image)
         column = variance[:, image].copy()
         pivot = max(float(column[image]), 1e-12)
-        variance[:] -= np.outer(column, column) / (pivot + 1e-6)
+        variance[:] -= np.outer(column, column) / (pivot + NOISE_EV2)
 
     top = int(band.energies_ev[1:-1].argmax()) + 1
-    has_saddle = band.energies_ev[top] > max(band.energies_ev[0], band.energies_ev[-1])
+    has_saddle = band.converged and bool(band.energies_ev[top] > max(band.energies_ev[0], band.energies_ev[-1]))
     well = doubtful_well(band, spec.well_tolerance_ev)
-    if band.converged and well in open_images:
+    rival = doubtful_rival(band, spec.well_tolerance_ev) if band.converged else None
+    if spec.strategy != "random" and band.converged and well in open_images:
         take(well, "uncertain")
-    elif spec.strategy == "saddle+uncertainty" and band.converged and has_saddle and top in open_images:
+    elif spec.strategy != "random" and rival in open_images and band.sigma_ev[rival] > band.sigma_ev[top]:
+        take(rival, "uncertain")
+    elif spec.strategy == "saddle+uncertainty" and has_saddle and top in open_images:
         take(top, "saddle")
+    rng = np.random.default_rng([spec.seed, len(labelled)])
     while open_images and len(picked) < spec.labels_per_generation:
-        scores = {k: float(max(variance[k, k], 0.0) + spread[k]) for k in open_images}
-        take(max(scores, key=lambda k: scores[k]), "uncertain")
+        if spec.strategy == "random":
+            best = int(rng.choice(open_images))
+        else:
+            tells = spec.strategy == "barrier-variance" and has_saddle
+            scores = barrier_gain(band, variance, spread) if tells else np.maximum(np.diag(variance), 0.0) + spread
+            best = max(open_images, key=lambda k: float(scores[k]))
+        take(best, "saddle" if best == top and has_saddle else "uncertain")
     return picked
+
+
+def barrier_gain(band: Band, covariance_ev2: FloatArray, spread_ev2: FloatArray) -> FloatArray:
+    """How much the variance of the barrier B = max E − E₀ is expected to fall by a label at each image, eV²,
+    ``(n_images,)``.
+
+    The variance of a Gaussian's projection on one energy: Cov(B, E_k)² / (Var E_k + noise), where
+    Cov(B, E_k) = Σ_j P(image j is the highest) Cov(E_j, E_k) (Siegel, J. Am. Stat. Assoc. 88, 77 (1993)). Were the
+    highest image certain, its own label would always be the best.
+
+    Args:
+        band: its energies are the mean, its calibrated sigmas scale the covariance.
+        covariance_ev2: of the energies relative to the initial state, uncalibrated, ``(n_images, n_images)``.
+        spread_ev2: variance of each that the covariance does not hold, ``(n_images,)``.
+    """
+    raw = covariance_ev2 + np.diag(spread_ev2)
+    sigma = np.sqrt(np.maximum(np.diag(raw), 1e-12))
+    stated = np.hypot(band.sigma_posterior_ev, np.sqrt(spread_ev2))
+    scale = np.divide(band.sigma_ev, stated, out=np.ones_like(stated), where=stated > 0)
+    covariance = raw * np.outer(scale, scale)
+    values, vectors = np.linalg.eigh(covariance)
+    normal = np.random.default_rng(0).standard_normal((N_DRAWS, len(sigma)))
+    drawn = band.energies_ev + normal @ (vectors * np.sqrt(np.maximum(values, 0.0))).T
+    highest = np.bincount(drawn[:, 1:-1].argmax(axis=1) + 1, minlength=len(sigma)) / N_DRAWS
+    shared = covariance @ highest
+    return np.asarray(shared**2 / (np.maximum(np.diag(covariance), 0.0) + NOISE_EV2))
 
 
 def candidate(band: Band, prediction: CommitteePrediction, image: int, kind: LabelKind) -> Candidate:

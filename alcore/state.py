@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,8 +79,14 @@ class LoopState:
 
     @property
     def residuals(self) -> list[Residual]:
-        """All residuals so far, in order."""
-        return [residual for record in self.records for path in record.paths for residual in path.residuals]
+        """All residuals so far, in order, but for those of labels derived by symmetry: what was learned at one geometry
+        is no prediction at its image."""
+        found = (residual for record in self.records for path in record.paths for residual in path.residuals)
+        return self.independent(found)
+
+    def independent(self, residuals: Iterable[Residual]) -> list[Residual]:
+        """Those whose label was computed."""
+        return [r for r in residuals if r.key not in self.asked or not self.asked[r.key][1].derived_from]
 
     @property
     def labels(self) -> dict[str, Label]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from alcore.barrier import doubtful_well
-from alcore.types import Decision, PathRecord
+from alcore.barrier import doubtful_rival, doubtful_well
+from alcore.drift import drift
+from alcore.types import Band, Decision, PathRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +22,31 @@ class StopSpec:
     max_labels: int = 60
 
 
-def decide(record: PathRecord, spec: StopSpec) -> Decision:
+MARGIN_EV = 1e-3
+"""A rise of the band that is smaller is none."""
+FALL_EV = 0.03
+"""An end state relaxed to the force limit may lie this much above its minimum, many atoms together."""
+
+
+def decide(record: PathRecord, spec: StopSpec, earlier: Sequence[PathRecord] = ()) -> Decision:
     """Whether one hop is settled by this generation's labels.
 
     Converged needs all of: the band converged on the surrogate; its saddle image labelled, and the label within the
     tolerance of what was predicted before; the reference force on that saddle and on both end states below its limit;
     the saddle above both ends by more than its uncertainty; the calibrated uncertainty of the barrier below the
-    tolerance.
+    tolerance; no other segment's saddle that might be higher.
+
+    Args:
+        record: what this generation found.
+        spec: limits.
+        earlier: the hop's records before it, in order: they tell whether its saddle drifts.
     """
     missing = unmet(record, spec)
     if not missing:
         return Decision(stop=True, code="converged", reason=_confirmed(record))
-    flat = _barrierless(record, spec)
-    return flat or Decision(stop=False, code="continue", reason="; ".join(missing))
+    settled = _downhill(record, spec) or _barrierless(record, spec)
+    moved = drift([*earlier, record], spec.barrier_tolerance_ev)
+    return settled or Decision(stop=False, code="continue", reason="; ".join([*missing, *([moved] if moved else [])]))
 
 
 def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
@@ -49,6 +62,9 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
         return [*missing, "no band yet"]
     if doubtful_well(record.band, tolerance) is not None:
         missing.append("a well below the end states is not confirmed")
+    if record.band.converged and (rival := doubtful_rival(record.band, tolerance)) is not None:
+        sigma = 1e3 * record.band.sigma_ev[rival]
+        missing.append(f"the saddle at image {rival}, ± {sigma:.0f} meV, may be the highest")
     if not record.band.converged:
         missing.append(f"band not converged ({record.band.reason})")
     saddle = next((r for r in record.residuals if r.key == record.saddle_key), None)
@@ -97,10 +113,61 @@ def _barrierless(record: PathRecord, spec: StopSpec) -> Decision | None:
     settled = max(record.initial_fmax_ev_per_ang, record.final_fmax_ev_per_ang) <= spec.saddle_fmax_ev_per_ang
     known = float(np.max(band.sigma_ev)) < spec.barrier_tolerance_ev
     if settled and known and min(barrier.forward_ev, barrier.reverse_ev) <= float(band.sigma_ev[barrier.saddle_image]):
+        side, other = ("initial", "final") if barrier.forward_ev < barrier.reverse_ev else ("final", "initial")
         return Decision(
-            stop=True, code="barrierless", reason="no image lies above both end states by more than its uncertainty"
+            stop=True,
+            code="barrierless",
+            reason=f"no image lies above both end states by more than its uncertainty: from the {side} state it goes "
+            f"downhill to the {other} one; if a barrier is expected, give a band or another {side} state",
         )
     return None
+
+
+def _downhill(record: PathRecord, spec: StopSpec) -> Decision | None:
+    """An end state from which the band falls, without a rise, to an image that the reference puts below it.
+
+    Its force may vanish all the same: it then stands on a saddle or a ridge, often one of symmetry.
+    """
+    band = record.band
+    if band is None or not band.converged:
+        return None
+    last = len(band.energies_ev) - 1
+    for residual in record.residuals:
+        if residual.image is None or not 0 < residual.image < last:
+            continue
+        for side, image in (("initial", residual.image), ("final", last - residual.image)):
+            found = _fall(band if side == "initial" else _reversed(band), image, residual.labelled_ev, spec)
+            if found is not None:
+                return Decision(
+                    stop=True,
+                    code="end_state_not_minimum",
+                    reason=f"the {side} state is no minimum: image {residual.image}, {found[0]:.2f} Å along the band, "
+                    f"lies {1e3 * found[1]:.0f} meV below it by the reference and nothing rises between; relax the "
+                    f"{side} state from a slightly displaced geometry, or give that image as the {side} state",
+                )
+    return None
+
+
+def _fall(band: Band, image: int, labelled_ev: float, spec: StopSpec) -> tuple[float, float] | None:
+    """How far along the band (Å) and how far down (eV) the labelled image lies, if all the way there is downhill.
+
+    Args:
+        band: as seen from the end state, which is its first image.
+        image: the labelled one.
+        labelled_ev: reference energy relative to the initial state of the hop.
+        spec: a fall has to exceed its tolerance, and ``FALL_EV``.
+    """
+    way = band.energies_ev[: image + 1]
+    drop = float(band.energies_ev[0]) - labelled_ev
+    rise = float((way - np.minimum.accumulate(way)).max())
+    if drop <= max(FALL_EV, spec.barrier_tolerance_ev) or rise > MARGIN_EV:
+        return None
+    return float(abs(band.coordinate_ang[image] - band.coordinate_ang[0])), drop
+
+
+def _reversed(band: Band) -> Band:
+    """The band as seen from the final state; energies keep their zero."""
+    return replace(band, energies_ev=band.energies_ev[::-1], coordinate_ang=band.coordinate_ang[::-1])
 
 
 def budget(n_calls: int, generation: int, spec: StopSpec) -> Decision | None:

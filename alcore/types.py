@@ -182,6 +182,7 @@ class Band:
         climbing_image: the image that climbs, or None.
         fmax_ev_per_ang: largest NEB force left on a free atom of an interior image.
         n_steps: optimiser steps taken.
+        minima: images at intermediate minima, where the band is divided into segments (``alcore.segments``).
     """
 
     path: str
@@ -198,6 +199,7 @@ class Band:
     climbing_image: int | None = None
     fmax_ev_per_ang: float = float("nan")
     n_steps: int = 0
+    minima: tuple[int, ...] = ()
 
     @property
     def converged(self) -> bool:
@@ -310,8 +312,9 @@ class Label:
         reason: one line; why it is not ``ok``.
         folder: where the calculation ran, or ""; its files are kept there until the label is believed.
         seconds: wall time of the calculation.
-        reused: True if it was already in the store when this run asked.
-        details: plain values worth keeping (code version, electronic steps, …).
+        reused: True if it was already in the store when this run asked; never for one derived by symmetry.
+        details: plain values worth keeping (code version, electronic steps, …); of a label that was derived by symmetry
+            ``equivalent_to`` (the key of the one that was computed) and ``operation``.
     """
 
     key: str
@@ -332,6 +335,11 @@ class Label:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def derived_from(self) -> str:
+        """Key of the label it was derived from by symmetry (``alcore.symmetry``), or "" if it was computed."""
+        return str(self.details.get("equivalent_to", ""))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -356,6 +364,7 @@ class Residual:
         sigma_ev: calibrated uncertainty stated with the prediction.
         fmax_ev_per_ang: the reference force on its free atoms.
         by_lead_ev: what each surface that could lead predicted (see ``Candidate``).
+        image: its place in the band it was picked from, or None where that was not kept.
     """
 
     key: str
@@ -369,6 +378,7 @@ class Residual:
     sigma_ev: float
     fmax_ev_per_ang: float
     by_lead_ev: Mapping[str, float] = field(default_factory=dict)
+    image: int | None = None
 
     @property
     def error_ev(self) -> float:
@@ -471,7 +481,8 @@ class GenerationRecord:
         paths: one record a hop, in the order of the run file.
         label_keys: keys of all labels in the data set *after* this generation, in training order.
         kinds: why each label so far was asked for, by key (failed and reused ones included).
-        n_reference_calls: evaluations of the reference calculator so far, failures included, reused ones not.
+        n_reference_calls: evaluations of the reference calculator so far, failures included; labels that were
+            reused or derived by symmetry cost none.
         n_labels_reused: labels so far that the store already had.
         calls_by_kind: ``n_reference_calls`` by ``LabelKind``, plus ``failed``.
         doubts: why labels that are ``ok`` by themselves are not believed beside the others, by key; none is trained on.

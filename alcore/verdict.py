@@ -42,7 +42,7 @@ def measure(
         ]
         drafts[name], pairs[name] = _draft(pairs[name], probe, answered, state, index)
     new = [residual for draft in drafts.values() for residual in draft.residuals]
-    residuals = [*state.residuals, *new]
+    residuals = [*state.residuals, *state.independent(new)]
     surrogate = shop.trainer.finish(state.surrogate, {}, state.dataset, residuals)
     state = replace(state, pairs=pairs, surrogate=surrogate)
     calibration = calibrate(residuals)
@@ -55,13 +55,17 @@ def measure(
             continue
         record = _with_std(drafts[name], surrogate, calibration, spec.stop.barrier_tolerance_ev)
         given_up = _given_up(state, record, probes[name])
-        paths.append(replace(record, decision=given_up or decide(record, spec.stop)))
+        earlier = [p for r in state.records for p in r.paths if p.path == name]
+        paths.append(replace(record, decision=given_up or decide(record, spec.stop, earlier)))
     return state, paths
 
 
 def _vetted(state: LoopState, new: Mapping[str, Label], shop: Workshop) -> LoopState:
     """All labels held against each other: which are believed may change with every one that comes in."""
-    doubts = vet([label for _, label in state.asked.values() if label.ok])
+    good = [label for _, label in state.asked.values() if label.ok]
+    doubts = vet([label for label in good if not label.derived_from])
+    # A derived label stands or falls with the one it was derived from, and is no witness for it.
+    doubts |= {label.key: doubts[label.derived_from] for label in good if label.derived_from in doubts}
     for key in doubts.keys() - state.doubts.keys():
         shop.log(f"label {key[:6]} is not believed: {doubts[key]}")
     settled = {*new, *state.doubts}

@@ -23,7 +23,16 @@ SHORT = 12
 """Digits of a hash that a person is shown; the JSON has them all."""
 ROLES = {"initial_label": "initial state", "saddle_key": "saddle", "final_label": "final state"}
 OF_LABEL = ("status", "reason", "calculator", "fingerprint", "energy_ev", "fmax_ev_per_ang", "formula", "seconds")
-OF_DETAILS = ("code_version", "computed_by", "generation", "settings", "calculator", "attempts", "source")
+OF_DETAILS: tuple[str, ...] = (
+    "code_version",
+    "computed_by",
+    "generation",
+    "settings",
+    "calculator",
+    "attempts",
+    "source",
+)
+OF_DETAILS += ("equivalent_to", "operation")
 
 
 def barrier_provenance(store: MongoStore | MemoryStore, name: str, generation: int | None = None) -> dict[str, Any]:

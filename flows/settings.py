@@ -39,9 +39,11 @@ FOUNDATION_NAMES = (
 )
 """The names mace-torch 0.3.16 knows; written down here because asking it imports torch."""
 
+SYMMETRIC = ("emt", "tblite", "chgnet", "mace", "vasp", "espresso", "gpaw")
+"""Calculators whose energy does not depend on where in the cell, and along which of equal axes, the atoms lie."""
+
 LATER_VALUES: dict[str, tuple[str, ...]] = {
     "model.strategy": ("multihead", "lora", "frozen"),
-    "model.correction": ("gp",),
 }
 """Values with a meaning that this version does not have yet: refused by name, not as misspelt."""
 
@@ -171,6 +173,21 @@ class CalculatorSettings(Section):
             return {key: getattr(self, key) for key in ("factory", "settings", "path", "packages")}
         return dict(self.settings)
 
+    def is_symmetric(self) -> bool:
+        """Whether images of a geometry (``alcore.symmetry``) have the same energy, as far as the settings tell.
+
+        Not where atoms feel a real-space grid they do not share (cp2k, gpaw's lcao), where axes of equal length may
+        have unequal k-points, where settings of a code's own may name a direction or an atom, and not for a calculator
+        that nothing is known about (ase, plug-ins).
+        """
+        if self.name not in SYMMETRIC or self.settings.get("mode", "pw") != "pw":
+            return False
+        even = all(
+            isinstance(entry := self.settings.get(key) or [0], list) and len(set(map(str, entry))) == 1
+            for key in ("kpts", "koffset")
+        )
+        return even and not any(self.settings.get(key) for key in ("folder", "incar", "input_data"))
+
 
 class ExecutorSettings(Section):
     """Where and how many reference calculations run."""
@@ -261,7 +278,11 @@ class ModelSettings(Section):
         default="auto", description="how MACE learns the labels; auto says which it chose and why"
     )
     committee: int = Field(default=3, ge=1, le=32, description="members of the committee")
-    correction: Literal["none", "blr"] = Field(default="blr", description="closed-form correction on top of MACE")
+    correction: Literal["none", "blr", "gp", "blr+gp"] = Field(
+        default="blr+gp",
+        description="closed-form correction on top of MACE: linear on its node features, a Gaussian process over the "
+        "places of the atoms, or both",
+    )
     options: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight_per_ev2, ...",
@@ -285,13 +306,21 @@ class NebSettings(Section):
     fmax_ev_per_ang: float = Field(default=0.03, gt=0, description="eV/Å; the band is relaxed below this NEB force")
     spring_ev_per_ang2: float = Field(default=0.1, gt=0, description="eV/Å²; spring constant between images")
     interpolation: Literal["idpp", "linear"] = Field(default="idpp", description="how the first band is made")
+    symmetry: bool | None = Field(
+        default=None,
+        description="geometries that are images of each other share a label; empty: where the calculator is known to "
+        "be as symmetric as the cell",
+        exclude_if=lambda symmetry: symmetry is None,  # runs that were begun before there was this key stay the same
+    )
 
 
 class SelectSettings(Section):
     """Which structures are labelled next."""
 
-    strategy: Literal["saddle+uncertainty"] = Field(
-        default="saddle+uncertainty", description="the saddle, then the most uncertain images"
+    strategy: Literal["saddle+uncertainty", "uncertainty", "barrier-variance", "random"] = Field(
+        default="saddle+uncertainty",
+        description="the saddle, then the most uncertain images; or the most uncertain ones alone; or what tells most "
+        "about the barrier; or any image, to compare with",
     )
     labels_per_generation: int = Field(default=1, ge=1, le=100, description="labels a path asks for in one generation")
 

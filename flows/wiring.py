@@ -103,10 +103,12 @@ def read_pairs(settings: RunSettings) -> list[EndpointPair]:
 
 def loop_spec(settings: RunSettings, sitting: int = 0) -> LoopSpec:
     """The loop's settings as the science takes them."""
+    chosen = settings.neb.symmetry
+    symmetry = settings.calculator.is_symmetric() if chosen is None else chosen
     return LoopSpec(
         run=settings.name,
         sitting=sitting,
-        neb=NebSpec(**settings.neb.model_dump()),
+        neb=NebSpec(**settings.neb.model_dump(exclude={"symmetry"}), symmetry=symmetry),
         select=SelectSpec(**settings.select.model_dump(), well_tolerance_ev=settings.stop.barrier_tolerance_ev),
         stop=StopSpec(**settings.stop.model_dump()),
     )

@@ -94,6 +94,7 @@ class ResidualDocument(Part):
     sigma_ev = FloatField(required=True)
     fmax_ev_per_ang = FloatField(required=True)
     by_lead_ev = PlainField()
+    image = IntField()
 
 
 class CalibrationDocument(Part):
@@ -189,6 +190,7 @@ class BandDocument(Kept):
     climbing_image = IntField()
     fmax_ev_per_ang = FloatField()
     n_steps = IntField()
+    minima = ListField(IntField())
     meta: ClassVar[dict[str, Any]] = {
         "collection": "bands",
         "indexes": [{"fields": ["run", "generation", "path"], "unique": True}, "status"],

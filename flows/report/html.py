@@ -63,7 +63,7 @@ def _label_row(frame: LabelledFrame) -> dict[str, Any]:
         "error": number(residual.error_ev if residual else None, 1, 1000),
         "sigma": number(residual.sigma_ev if residual else None, 1, 1000),
         "fmax": number(fmax),
-        "seconds": "reused" if label.reused else f"{label.seconds:.1f}",
+        "seconds": "by symmetry" if label.derived_from else "reused" if label.reused else f"{label.seconds:.1f}",
         "reason": label.reason,
         "folder": label.folder,
         "key": label.key,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alcore.barrier import path_spline
+from alcore.segments import segments
 from alcore.types import Band, FloatArray, GenerationRecord, Label, PathRecord, RunRecord
 from flows.report.frames import (
     LabelledFrame,
@@ -103,6 +104,7 @@ def draw_path(run: RunRecord, generations: Generations, labels: Labels, path: st
         )
         axes.plot(grid, energy, color=BLUE, label="surrogate")
     axes.plot(band.coordinate_ang, band.energies_ev, "o", color=BLUE, mfc="white", mew=1.3, zorder=3, label="images")
+    _mark_segments(axes, band)
     top = _reference_points(axes, run, generations, labels, probed)
     low, high = _energy_window(band, curve, top)
     axes.set_ylim(low, high)
@@ -116,6 +118,22 @@ def draw_path(run: RunRecord, generations: Generations, labels: Labels, path: st
         loc="outside lower center", ncols=6, columnspacing=1.0, handletextpad=0.4, handlelength=1.3, fontsize=9
     )
     return figure
+
+
+def _mark_segments(axes: Axes, band: Band) -> None:
+    """Intermediate minima, at which the band is divided, and the saddle of the segment that limits the rate."""
+    if not band.minima:
+        return
+    wells = list(band.minima)
+    for well in wells:
+        axes.axvline(float(band.coordinate_ang[well]), color=FAINT, lw=0.8, ls="--", zorder=0)
+    axes.plot(
+        band.coordinate_ang[wells], band.energies_ev[wells], "v", color=INK, ms=7, zorder=4, label="intermediate minima"
+    )
+    top = next(segment.saddle for segment in segments(band) if segment.rate_limiting)
+    axes.plot(
+        band.coordinate_ang[top], band.energies_ev[top], "^", color=INK, ms=7, zorder=4, label="rate-limiting saddle"
+    )
 
 
 def _generation_of(generations: Generations, probed: PathRecord) -> int:

@@ -34,6 +34,18 @@ class ExtremumRow(_Row):
     image: int = Field(description="nearest image; 0 is the initial state")
 
 
+class SegmentRow(_Row):
+    """A stretch of the path between two neighbouring minima; a path without intermediate minima is one."""
+
+    start_image: int
+    saddle_image: int
+    end_image: int
+    barrier_forward_ev: Number = Field(description="its highest image above its start, on the surrogate")
+    barrier_reverse_ev: Number = Field(description="the same above its end")
+    saddle_ev: Number = Field(description="energy of that image relative to the initial state")
+    saddle_std_ev: Number = Field(description="calibrated standard deviation of saddle_ev, as predicted")
+
+
 class FailureRow(_Row):
     """A reference calculation that gave no usable label."""
 
@@ -88,6 +100,10 @@ class PathResult(_Row):
     barrier_std_posterior_ev: Number = Field(None, description="uncalibrated: posterior of the correction")
     barrier_spline_ev: Number = Field(None, description="forward barrier of the spline through energies and forces")
     extrema: list[ExtremumRow] = []
+    segments: list[SegmentRow] = Field([], description="in order; where the path passes wells, it is divided there")
+    rate_limiting_segment: int | None = Field(
+        None, description="index in segments: its saddle is the highest, in both directions, and is the one verified"
+    )
     saddle_image: int | None = None
     saddle_verified: bool = Field(
         description="the reported saddle is labelled, agrees within the tolerance with what was predicted before, "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alcore.identity import sha256_hex
+from alcore.segments import Segment, segments
 from alcore.spin import path_jumps
 from alcore.types import Decision, GenerationRecord, Label, PathRecord, RunRecord
 from flows.report.frames import LabelledFrame, labelled_frames, last_probed, path_names, path_records
@@ -17,6 +18,7 @@ from flows.report.schema import (
     FailureRow,
     GenerationRow,
     PathResult,
+    SegmentRow,
     finite_or_none,
 )
 
@@ -172,10 +174,23 @@ def _saddle_verified(record: PathRecord, run: RunRecord, labels: Mapping[str, La
     )
 
 
+def _segment_row(segment: Segment) -> SegmentRow:
+    return SegmentRow(
+        start_image=segment.start,
+        saddle_image=segment.saddle,
+        end_image=segment.end,
+        barrier_forward_ev=segment.forward_ev,
+        barrier_reverse_ev=segment.reverse_ev,
+        saddle_ev=segment.saddle_ev,
+        saddle_std_ev=segment.sigma_ev,
+    )
+
+
 def _band_values(probed: PathRecord) -> dict[str, Any]:
     band, barrier = probed.band, probed.barrier
     values: dict[str, Any] = {}
     if band is not None:
+        parts = segments(band)
         values |= {
             "neb_converged": band.converged,
             "neb_status": band.status,
@@ -183,6 +198,8 @@ def _band_values(probed: PathRecord) -> dict[str, Any]:
             "neb_fmax_ev_per_ang": band.fmax_ev_per_ang,
             "neb_n_images": len(band.positions),
             "path_length_ang": float(band.coordinate_ang[-1]),
+            "segments": [_segment_row(segment) for segment in parts],
+            "rate_limiting_segment": next(k for k, segment in enumerate(parts) if segment.rate_limiting),
         }
     if barrier is not None:
         std = probed.barrier_std_ev
@@ -216,7 +233,7 @@ def _path_result(
     last, probed = records[-1][1], last_probed(generations, path)
     verified = [(g.index, r.verified_barrier_ev) for g, r in records if r.verified_barrier_ev is not None]
     mine = {frame.label.key: frame for frame in frames if frame.path == path}
-    new = [frame for frame in mine.values() if not frame.label.reused]
+    new = [frame for frame in mine.values() if not (frame.label.reused or frame.label.derived_from)]
     calls = Counter(frame.kind for frame in new) + Counter("failed" for frame in new if not frame.label.ok)
     values: dict[str, Any] = {"neb_converged": False, "saddle_verified": False}
     if probed is not None:

@@ -121,6 +121,12 @@ def _path_lines(path: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str
             f"{e['kind'][:3]} {number(e['energy_ev'])} eV at {number(e['coordinate_ang'], 2)} Å" for e in inner
         )
         lines.append(f"  the path has several humps: {named}")
+    if len(path["segments"]) > 1:
+        parts = ", ".join(
+            f"{k + 1}: {number(s['barrier_forward_ev'])} eV forward, {number(s['barrier_reverse_ev'])} eV reverse"
+            for k, s in enumerate(path["segments"])
+        )
+        lines.append(f"  its segments, of which number {path['rate_limiting_segment'] + 1} is rate-limiting: {parts}")
     lines += [f"  {jump}" for jump in path["spin_jumps"]]
     if not path["neb_converged"]:
         lines.append(f"  the band is not relaxed on the surrogate ({path['neb_reason'] or path['neb_status']})")

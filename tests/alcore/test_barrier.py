@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alcore.barrier import (
+    doubtful_rival,
     estimate_barrier,
     find_extrema,
     held_against,
@@ -178,3 +179,43 @@ def test_force_of_a_failed_label_is_unknown() -> None:
     assert label_fmax(_label(1.0, force=0.3)) == pytest.approx(0.3)
     assert label_fmax(_label(1.0, "rejected")) is None
     assert label_fmax(None) is None
+
+
+def test_a_rival_is_a_saddle_of_another_segment_that_may_be_the_highest() -> None:
+    energy, slope = _double_hump(0.05)  # the second hump is 25 meV higher
+    band = replace(_band(energy, slope), minima=(6,))
+    first, second = (int(k) for k in (band.energies_ev[:6].argmax(), 6 + band.energies_ev[6:].argmax()))
+    assert band.energies_ev[second] - band.energies_ev[first] == pytest.approx(0.025, abs=1e-3)
+
+    def rival(**sigmas: float) -> int | None:
+        sigma = np.full(len(band.energies_ev), sigmas.pop("rest", 0.005))
+        sigma[first] = sigmas.pop("first", 0.005)
+        return doubtful_rival(replace(band, sigma_ev=sigma), 0.01)
+
+    assert rival() is None  # known to the tolerance
+    assert rival(first=0.02) == first
+    assert rival(first=0.012) is None  # two sigmas do not reach
+    known = np.full(len(band.energies_ev), 0.018)
+    assert doubtful_rival(replace(band, sigma_ev=known), 0.02) is None  # they do, but within the tolerance
+    assert doubtful_rival(replace(band, sigma_ev=known), 0.01) == first
+    assert rival(rest=0.1) is None  # the highest one's own uncertainty makes no rival
+    assert doubtful_rival(replace(band, sigma_ev=np.full(len(band.energies_ev), 0.1), minima=()), 0.01) is None
+
+
+def test_a_residual_remembers_its_image() -> None:
+    """Where along the band a label lies tells whether an end state is a minimum."""
+    band = _band(*_double_hump(0.0))
+    structure = band.structure(4)
+    label = Label(
+        key="k",
+        structure=structure,
+        status="ok",
+        fingerprint="f",
+        calculator="c",
+        energy_ev=1.0,
+        forces=np.zeros((2, 3)),
+    )
+    asked = Candidate(path="hop", kind="saddle", image=4, structure=structure, energy_ev=0.4)
+    residual = held_against(asked, label, replace(label, energy_ev=0.7), 1)
+    assert residual is not None
+    assert residual.image == 4

@@ -164,7 +164,7 @@ def test_an_end_state_that_falls_into_the_other_is_no_minimum(
     slope[-1, 2] += 0.3
     pair = replace(au_pair, final=au_pair.initial.moved(slope))
     found = _probe(pair, surrogate, ends[0], label_of(pair.final))
-    assert found.hopeless == "the final state relaxes into the other one: it is no minimum"
+    assert found.hopeless == "the final state relaxes into the other one: it is no minimum; give one beyond it"
 
 
 def test_a_trusted_band_is_gone_on_from(au_pair: EndpointPair, surrogate: SureEmt, ends: tuple[Label, Label]) -> None:

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alcore.identity import label_key
-from alcore.selection import SelectSpec, select
+from alcore.selection import SelectSpec, barrier_gain, select
 from alcore.types import Band, Candidate, CommitteePrediction, FloatArray, Structure
 
 N = 9
+STRATEGIES = ["saddle+uncertainty", "uncertainty", "barrier-variance", "random"]
 
 
 def key_of(structure: Structure) -> str:
@@ -117,7 +118,7 @@ def test_a_batch_spreads_over_the_band() -> None:
     assert np.diff(np.sort(images)).min() >= 2
 
 
-@given(st.sets(st.integers(1, N - 2)), st.integers(1, 10), st.sampled_from(["saddle+uncertainty", "uncertainty"]))
+@given(st.sets(st.integers(1, N - 2)), st.integers(1, 10), st.sampled_from(STRATEGIES))
 def test_nothing_labelled_and_no_end_state_is_ever_picked(done: set[int], wanted: int, strategy: Any) -> None:
     band = _band()
     labelled = frozenset(key_of(band.structure(k)) for k in done)
@@ -139,3 +140,66 @@ def test_an_unphysical_image_is_never_picked() -> None:
 def test_nothing_left_is_nothing_picked() -> None:
     band = _band()
     assert _pick(band, frozenset(key_of(band.structure(k)) for k in range(N))) == []
+
+
+def test_the_label_that_tells_most_of_the_barrier_is_the_highest_image_where_that_is_certain() -> None:
+    """And a batch goes on with another one: after its label nothing is left to learn there."""
+    energies = np.array(_band().energies_ev)
+    energies[4] += 50.0
+    covariance = _covariance()
+    covariance[1, 1] += 1.0  # the most uncertain one, which says nothing about the barrier
+    first, second = _pick(_band(energies), covariance=covariance, strategy="barrier-variance", labels_per_generation=2)
+    assert (first.kind, first.image) == ("saddle", 4)
+    assert second.kind == "uncertain"
+    (uncertain,) = _pick(_band(energies), covariance=covariance, strategy="uncertainty")
+    assert uncertain.image == 1
+
+
+def test_where_two_humps_compete_the_less_certain_one_is_asked() -> None:
+    """The higher one is known already; whether the barrier is there hangs on the other."""
+    energies = np.zeros(N)
+    energies[[2, 6]] = 1.0, 0.98
+    covariance = np.diag(np.r_[0.0, np.full(N - 2, 1e-6), 0.0])
+    covariance[6, 6] = 0.05**2
+    band = _band(energies, sigma_posterior_ev=np.sqrt(np.diag(covariance)), sigma_ev=np.sqrt(np.diag(covariance)))
+    (found,) = _pick(band, covariance=covariance, strategy="barrier-variance")
+    assert (found.kind, found.image) == ("uncertain", 6)
+    (default,) = _pick(band, covariance=covariance)
+    assert (default.kind, default.image) == ("saddle", 2)
+
+
+def test_the_gain_of_a_label_is_what_the_variance_of_the_highest_energy_falls_by() -> None:
+    """Against brute force: the variance of the maximum, drawn given each possible answer."""
+    rng = np.random.default_rng(0)
+    energies = np.array(_band().energies_ev)
+    covariance = _covariance(length=1.0)
+    sigma = np.sqrt(np.diag(covariance))
+    gain = barrier_gain(_band(energies, sigma_posterior_ev=sigma, sigma_ev=sigma), covariance, np.zeros(N))
+    drawn = rng.multivariate_normal(energies, covariance, size=200_000, method="eigh")
+    highest = drawn[:, 1:-1].max(axis=1)
+    for image in range(1, N - 1):
+        slope, _ = np.polyfit(drawn[:, image], highest, 1)
+        explained = slope**2 * drawn[:, image].var()
+        assert gain[image] == pytest.approx(explained, rel=0.1, abs=2e-5)
+
+
+def test_the_gain_scales_with_the_calibrated_sigma() -> None:
+    covariance, sigma = _covariance(), np.sqrt(np.diag(_covariance()))
+    energies = np.array(_band().energies_ev)
+    energies[4] += 50.0  # no doubt which image is the highest
+    stated, doubled = (
+        barrier_gain(_band(energies, sigma_posterior_ev=sigma, sigma_ev=f * sigma), covariance, np.zeros(N))
+        for f in (1, 2)
+    )
+    np.testing.assert_allclose(doubled[1:-1], 4 * stated[1:-1], rtol=1e-3)
+
+
+def test_random_images_depend_on_the_seed_and_on_how_much_was_asked() -> None:
+    def image(seed: int, n_labelled: int) -> int:
+        labelled = frozenset(str(k) for k in range(n_labelled))
+        (found,) = _pick(_band(), labelled, strategy="random", seed=seed)
+        return found.image
+
+    assert image(0, 2) == image(0, 2)
+    assert len({image(seed, 2) for seed in range(20)}) > 3
+    assert len({image(0, n) for n in range(20)}) > 3

@@ -191,3 +191,63 @@ def test_the_run_goes_on_until_every_hop_is_settled(settled: PathRecord) -> None
     assert (both.stop, both.code) == (True, "barrierless")
     assert "b: fine" in both.reason
     assert "c: flat" in both.reason
+
+
+def test_a_saddle_that_jumps_is_said_but_stops_nothing(settled: PathRecord) -> None:
+    """Both labels contradict: the path is not the one before."""
+
+    def on_side(y: float) -> PathRecord:
+        assert settled.band is not None
+        places = settled.band.positions.copy()
+        places[2, 0, 1] = y
+        wrong = (_residual(predicted_ev=0.6),)
+        return replace(settled, band=replace(settled.band, positions=places), residuals=wrong)
+
+    decision = decide(on_side(1.0), SPEC, [on_side(-1.0)])
+    assert (decision.stop, decision.code) == (False, "continue")
+    assert "the saddle jumped 2.0 Å to another path" in decision.reason
+    assert "predicted 200 meV off" in decision.reason
+    assert "jumped" not in decide(on_side(1.0), SPEC).reason
+
+
+def test_an_end_state_above_its_neighbours_is_no_minimum(settled: PathRecord) -> None:
+    """Its force vanishes by symmetry, but the reference puts the next images below it."""
+    band = _band([0.0, -0.04, -0.1, 0.1, -0.2])
+    label = _residual(key="other", kind="uncertain", labelled_ev=-0.09, predicted_ev=-0.1, image=2)
+    record = replace(settled, band=band, residuals=(label,), saddle_key="", verified_barrier_ev=None)
+    decision = decide(record, SPEC)
+    assert (decision.stop, decision.code) == (True, "end_state_not_minimum")
+    assert decision.reason.startswith("the initial state is no minimum: image 2, 0.50 Å along the band, lies 90 meV")
+    assert "displaced geometry" in decision.reason
+    assert decide(replace(record, residuals=(replace(label, labelled_ev=-0.029),)), SPEC).code == "continue"
+    hill = replace(record, band=replace(band, energies_ev=np.array([0.0, 0.01, -0.1, 0.1, -0.2])))
+    assert decide(hill, SPEC).code == "continue"
+    unsound = replace(record, band=replace(band, status="guarded", reason="flew away"))
+    assert decide(unsound, SPEC).code == "continue"
+    unknown = replace(record, residuals=(replace(label, image=None),))
+    assert decide(unknown, SPEC).code == "continue"
+
+
+def test_a_final_state_that_is_no_minimum_is_seen_from_its_side(settled: PathRecord) -> None:
+    band = _band([0.0, 0.3, 0.1, 0.15, 0.2])
+    label = _residual(key="other", kind="uncertain", labelled_ev=0.15, predicted_ev=0.15, image=3)
+    decision = decide(replace(settled, band=band, residuals=(label,), saddle_key=""), SPEC)
+    assert decision.code == "end_state_not_minimum"
+    assert decision.reason.startswith("the final state is no minimum: image 3, 0.25 Å along the band, lies 50 meV")
+
+
+def test_barrierless_says_which_state_gives_way(settled: PathRecord) -> None:
+    flat = _flat(settled)
+    assert "from the initial state it goes downhill to the final one" in decide(flat, SPEC).reason
+    assert flat.band is not None
+    back = replace(flat, band=replace(flat.band, energies_ev=flat.band.energies_ev[::-1]), barrier=_barrier(0.402, 0.0))
+    assert "from the final state it goes downhill to the initial one" in decide(back, SPEC).reason
+
+
+def test_another_segment_that_may_be_higher_prevents_convergence(settled: PathRecord) -> None:
+    """Two humps, the second 15 meV lower: known to 8 meV it is no rival, unknown to 12 meV it is."""
+    for sigma, says in ((0.008, []), (0.012, ["the saddle at image 4, ± 12 meV, may be the highest"])):
+        band = _band([0.0, 0.2, 0.405, 0.2, 0.39, 0.2, 0.1], minima=(3,))
+        sigmas = np.array([0.0, 0.004, 0.004, 0.004, sigma, 0.004, 0.004])
+        record = replace(settled, band=replace(band, sigma_ev=sigmas))
+        assert unmet(record, SPEC) == says

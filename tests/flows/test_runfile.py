@@ -129,7 +129,7 @@ def test_bad_paths_and_calculators(write: Write, changed: tuple[str, str], expec
         ("executor: {timeout: 5}", "executor.timeout: unknown key (did you mean `timeout_s`?; line 8)"),
         ("model: {strategy: frozen}", "model.strategy: 'frozen' is not available yet (use 'auto', 'zero-shot', "),
         ("model: {strategy: scrach}", "model.strategy: 'scrach' is not known (did you mean `scratch`?; line 8)"),
-        ("model: {correction: gp}", "model.correction: 'gp' is not available yet (use 'none' or 'blr'; line 8)"),
+        ("model: {correction: gpr}", "model.correction: 'gpr' is not known (did you mean `gp`?; line 8)"),
         (
             "model: {foundation: medum}",
             "model.foundation: 'medum' is neither a .model file nor a name mace-torch knows ",

@@ -20,6 +20,7 @@ from flows.settings import (
     RunSettings,
     TrainingOptions,
 )
+from flows.wiring import loop_spec
 
 DOCUMENTED = """
 name: cu-vacancy
@@ -120,7 +121,7 @@ def test_what_must_be_positive_is(section: str, key: str, value: int) -> None:
         ("executor", "memory_gb", float("inf")),
         ("model", "strategy", "lora"),
         ("model", "strategy", "multihead"),
-        ("model", "correction", "gp"),
+        ("model", "correction", "blr+blr"),
         ("model", "foundation", "enormous"),
         ("model", "device", "gpu"),
         ("neb", "interpolation", "spline"),
@@ -231,3 +232,30 @@ def test_the_form_shows_bounds_and_choices() -> None:
         "scratch",
         "naive",
     ]
+
+
+@pytest.mark.parametrize(
+    ("calculator", "symmetric"),
+    [
+        ({"name": "emt"}, True),
+        ({"name": "vasp", "settings": {"encut": 400, "kspacing": 0.3}}, True),
+        ({"name": "vasp", "settings": {"encut": 400, "kpts": [4, 4, 4]}}, True),
+        ({"name": "vasp", "settings": {"encut": 400, "kpts": [4, 4, 2]}}, False),
+        ({"name": "vasp", "settings": {"folder": "inputs"}}, False),
+        ({"name": "vasp", "settings": {"encut": 400, "kspacing": 0.3, "incar": {"LSORBIT": True}}}, False),
+        ({"name": "espresso", "settings": {"kpts": [2, 2, 2], "koffset": [1, 0, 0]}}, False),
+        ({"name": "gpaw", "settings": {"mode": "pw"}}, True),
+        ({"name": "gpaw", "settings": {"mode": "lcao"}}, False),
+        ({"name": "cp2k"}, False),
+        ({"name": "ase", "factory": "here:make"}, False),
+    ],
+)
+def test_labels_are_shared_by_symmetry_where_the_calculation_has_it(
+    calculator: dict[str, Any], symmetric: bool
+) -> None:
+    settings = RunSettings.model_validate({**SMALLEST, "calculator": calculator})
+    assert loop_spec(settings).neb.symmetry is symmetric
+    for chosen in (True, False):
+        told = RunSettings.model_validate({**SMALLEST, "calculator": calculator, "neb": {"symmetry": chosen}})
+        assert loop_spec(told).neb.symmetry is chosen
+    assert "symmetry" not in settings.model_dump()["neb"], "a run that was begun before there was this key is the same"

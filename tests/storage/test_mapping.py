@@ -96,6 +96,7 @@ def bands(draw: st.DrawFn, path: str) -> types.Band:
         climbing_image=draw(st.none() | st.integers(0, 3)),
         fmax_ev_per_ang=draw(floats),
         n_steps=draw(counts),
+        minima=draw(st.lists(st.integers(1, 3), max_size=2).map(tuple)),
     )
 
 
@@ -118,7 +119,7 @@ residuals = st.builds(
     types.Residual,
     key=keys, path=texts, kind=st.sampled_from(get_args(types.LabelKind)), generation=counts, predicted_ev=floats,
     labelled_ev=floats, sigma_committee_ev=floats, sigma_posterior_ev=floats, sigma_ev=floats, fmax_ev_per_ang=floats,
-    by_lead_ev=st.dictionaries(texts, floats, max_size=2),
+    by_lead_ev=st.dictionaries(texts, floats, max_size=2), image=st.none() | counts,
 )  # fmt: skip
 decisions = st.builds(types.Decision, stop=st.booleans(), code=st.sampled_from(get_args(types.StopCode)), reason=texts)
 label_keys = st.lists(keys, max_size=3).map(tuple)

@@ -93,3 +93,19 @@ def test_coverage_of_a_normal_law_is_nominal() -> None:
     assert share == pytest.approx([0.6827, 0.9545], abs=0.02)
     assert (low < share).all()
     assert (share < high).all()
+
+
+def test_a_divided_path_shows_its_wells_and_the_saddle_that_limits_the_rate(case: Any) -> None:
+    last = case.generations[-1]
+    record = last.paths[0]
+    assert record.band is not None
+    energies = np.array([0.0, 0.2, 0.05, 0.3, 0.2, 0.1, 0.1])
+    band = replace(record.band, energies_ev=energies, minima=(2,))
+    divided = [*case.generations[:-1], replace(last, paths=(replace(record, band=band),))]
+    marks = {
+        line.get_label(): line.get_ydata() for line in plots.draw_path(case.run, divided, case.labels).axes[0].lines
+    }
+    np.testing.assert_array_equal(marks["intermediate minima"], [0.05])
+    np.testing.assert_array_equal(np.atleast_1d(marks["rate-limiting saddle"]), [0.3])
+    plain = {line.get_label() for line in plots.draw_path(*case).axes[0].lines}
+    assert "intermediate minima" not in plain

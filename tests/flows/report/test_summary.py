@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
+from alcore.barrier import estimate_barrier
 from alcore.types import Decision, GenerationRecord
 from flows.report import barrier_summary
 from flows.report.frames import labelled_frames, path_forces
 from flows.report.schema import BarrierReport
+from flows.report.table import result_lines
 
 
 def change_last(case: Any, **changes: Any) -> tuple[Any, list[GenerationRecord], Any]:
@@ -202,3 +204,38 @@ def test_labels_sit_on_their_image_of_their_generation(case: Any) -> None:
         band = next(g for g in case.generations if g.index == frame.generation).paths[0].band
         assert np.allclose(band.positions[frame.image], frame.label.structure.positions)
         assert frame.coordinate_ang == band.coordinate_ang[frame.image]
+
+
+def test_a_path_in_one_piece_is_one_segment(case: Any) -> None:
+    path = barrier_summary(*case)["paths"][0]
+    (segment,) = path["segments"]
+    assert path["rate_limiting_segment"] == 0
+    assert (segment["barrier_forward_ev"], segment["barrier_reverse_ev"]) == (
+        path["barrier_forward_ev"],
+        path["barrier_reverse_ev"],
+    )
+    assert (segment["start_image"], segment["saddle_image"]) == (0, path["saddle_image"])
+    assert not any("segments" in line for line in result_lines(barrier_summary(*case)))
+
+
+def test_a_divided_path_says_each_segment_and_which_limits_the_rate(case: Any) -> None:
+    *before, last = case.generations
+    record = last.paths[0]
+    n = len(record.band.energies_ev)
+    energies = np.interp(np.arange(n), [0, 1, 2, 3, n - 1], [0.0, 0.2, 0.05, 0.3, 0.1])
+    band = replace(record.band, energies_ev=energies, minima=(2,))
+    barrier = estimate_barrier(band)
+    divided = [*before, replace(last, paths=(replace(record, band=band, barrier=barrier),))]
+    summary = barrier_summary(case.run, divided, case.labels)
+    path = summary["paths"][0]
+    assert [(s["start_image"], s["saddle_image"], s["end_image"]) for s in path["segments"]] == [
+        (0, 1, 2),
+        (2, 3, n - 1),
+    ]
+    assert [s["barrier_forward_ev"] for s in path["segments"]] == pytest.approx([0.2, 0.25])
+    assert [s["barrier_reverse_ev"] for s in path["segments"]] == pytest.approx([0.15, 0.2])
+    assert path["segments"][1]["saddle_std_ev"] == pytest.approx(float(band.sigma_ev[3]))
+    assert path["rate_limiting_segment"] == 1
+    (line,) = (line for line in result_lines(summary) if "segments" in line)
+    assert "number 2 is rate-limiting" in line
+    assert "1: 0.200 eV forward, 0.150 eV reverse" in line
