@@ -123,6 +123,8 @@ def rebuild(data: bytes) -> torch.nn.Module:
         raise
     except Exception as error:  # whatever a foreign file makes of a constructor
         raise NotPlainError(f"no model can be built from its numbers ({type(error).__name__})") from error
+    if isinstance(told := tree.state.get("pretraining"), str):  # where a prior of our own comes from
+        model.pretraining = told
     return model.eval()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from alcore.errors import ModelError
+from alcore.files import write_whole
 from alcore.identity import sha256_hex
 
 # mace-torch prints on import that an optional accelerator is missing. It must come before e3nn, whose constants load
@@ -149,6 +150,13 @@ def open_foundation(
     if not hasattr(model, "atomic_numbers") or not hasattr(model, "readouts"):
         raise ModelError(f"{source} is not a MACE energy model", where=where, mend="give a MACE .model file")
     return Foundation(model=freeze(model.to(device=device, dtype=dtype)), file=path.name, sha256=sha256_hex(data))
+
+
+def save_model_file(model: torch.nn.Module, path: Path) -> None:
+    """A ``.model`` file as mace-torch writes them, which ``open_foundation`` and mace-torch itself read."""
+    buffer = io.BytesIO()
+    torch.save(model.cpu(), buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def _download(name: str) -> Path:

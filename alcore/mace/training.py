@@ -16,7 +16,7 @@ from alcore.dataset import composition_groups
 from alcore.errors import TrainingError
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import freeze, model_elements, trainable_copy
-from alcore.types import Dataset, FloatArray, Label
+from alcore.types import Dataset, FloatArray, Label, Structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,18 +138,33 @@ def _mean_square(force_error: torch.Tensor, batch: _Batch) -> torch.Tensor:
 def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
     """One batch of all labels, which may differ in composition and size."""
     like = next(iter(model.parameters()))
-    graphs = [
-        batch_graph(
-            label.structure,
-            label.structure.positions[None],
-            elements=model_elements(model),
-            r_max_ang=float(model.r_max),
-            dtype=like.dtype,
-            device=like.device,
-        )
-        for label in labels
-    ]
-    offsets = np.cumsum([0, *(len(label.structure) for label in labels)])
+    energies = np.array([label.energy_ev for label in labels], dtype=float)
+    forces = np.concatenate([label.forces for label in labels if label.forces is not None])
+    return _Batch(
+        graph=merge_graphs([graph_of(model, label.structure) for label in labels]),
+        # differences from the mean survive in float32 as well
+        energies=like.new_tensor(energies - energies.mean()),
+        forces=like.new_tensor(forces),
+        groups=torch.as_tensor(composition_groups(labels), device=like.device),
+    )
+
+
+def graph_of(model: Any, structure: Structure) -> dict[str, torch.Tensor]:
+    """One structure as ``model`` takes it, in the model's precision and on its device."""
+    like = next(iter(model.parameters()))
+    return batch_graph(
+        structure,
+        structure.positions[None],
+        elements=model_elements(model),
+        r_max_ang=float(model.r_max),
+        dtype=like.dtype,
+        device=like.device,
+    )
+
+
+def merge_graphs(graphs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of single structures that may differ in composition and size; the positions take gradients."""
+    offsets = np.cumsum([0, *(len(g["positions"]) for g in graphs)])
     merged = {
         name: torch.cat([g[name].detach() for g in graphs])
         for name in ("positions", "node_attrs", "shifts", "unit_shifts", "cell", "head")
@@ -158,14 +173,6 @@ def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
         [g["edge_index"] + int(start) for g, start in zip(graphs, offsets, strict=False)], dim=1
     )
     merged["batch"] = torch.cat([g["batch"] + k for k, g in enumerate(graphs)])
-    merged["ptr"] = torch.as_tensor(offsets, device=like.device)
+    merged["ptr"] = torch.as_tensor(offsets, device=merged["batch"].device)
     merged["positions"].requires_grad_(True)
-    energies = np.array([label.energy_ev for label in labels], dtype=float)
-    forces = np.concatenate([label.forces for label in labels if label.forces is not None])
-    return _Batch(
-        graph=merged,
-        # differences from the mean survive in float32 as well
-        energies=like.new_tensor(energies - energies.mean()),
-        forces=like.new_tensor(forces),
-        groups=torch.as_tensor(composition_groups(labels), device=like.device),
-    )
+    return merged
