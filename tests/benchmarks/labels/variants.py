@@ -1,0 +1,47 @@
+"""What is compared: named changes of the run file's sections ``model``, ``neb``, ``select`` and ``stop``.
+
+A variant says only what differs from the default. Names of fields are those of ``ModelSpec``, ``NebSpec``,
+``SelectSpec`` and ``StopSpec``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Overrides by section; ``about`` is one line for the table."""
+
+    about: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    neb: Mapping[str, Any] = field(default_factory=dict)
+    select: Mapping[str, Any] = field(default_factory=dict)
+    stop: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, Variant] = {
+    "default": Variant(about="as a run file without these sections"),
+    "zero-shot": Variant(about="never fine-tuned", model={"strategy": "zero-shot"}),
+    "auto": Variant(about="fine-tuned where it predicts better", model={"strategy": "auto"}),
+    "naive": Variant(about="fine-tuned, the committee always leads", model={"strategy": "naive"}),
+    "scratch": Variant(about="each member trained from its own weights", model={"strategy": "scratch"}),
+    "correction-none": Variant(about="committee alone", model={"correction": "none"}),
+    "correction-blr": Variant(about="linear on node features", model={"correction": "blr"}),
+    "correction-gp": Variant(about="GP on inverse distances", model={"correction": "gp"}),
+    "correction-blr+gp": Variant(about="both", model={"correction": "blr+gp"}),
+    "select-uncertainty": Variant(about="most uncertain image first", select={"strategy": "uncertainty"}),
+    "select-barrier-variance": Variant(
+        about="the label that tells most about the barrier", select={"strategy": "barrier-variance"}
+    ),
+    "select-random": Variant(about="any image", select={"strategy": "random"}),
+    "batch-2": Variant(about="two labels a generation", select={"labels_per_generation": 2}),
+    "no-symmetry": Variant(about="symmetry of the hop not used", neb={"symmetry": False}),
+    "images-5": Variant(about="5 images", neb={"n_images": 5}),
+    "images-9": Variant(about="9 images", neb={"n_images": 9}),
+}
+
+MAX_LABELS = 40
+"""A run that has not ended by then has failed."""
