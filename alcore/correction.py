@@ -1,17 +1,20 @@
-"""Closed-form Bayesian linear regression of what the model leaves unexplained, on energies and forces at once.
+"""Closed-form Bayesian correction of what the model leaves unexplained, fitted to energies and forces at once.
 
-E(x) = E_model(x) + φ(x)·w + c, with w ~ N(0, α⁻¹) and an offset c of wide prior; forces are −∂φ/∂x·w. The posterior is
-Gaussian with covariance Σ = (α 1 + Φᵀ Λ Φ)⁻¹ (Bishop, *Pattern Recognition and Machine Learning*, eqs. 3.49–3.54), and
-α and the force noise are those of highest evidence (eq. 3.86; the offset is profiled out).
+E(x) = E_model(x) + φ(x)·w + g(x) + c: w is Gaussian, g a Gaussian process over the places of the atoms (or none), c an
+offset for each composition. All is Gaussian, so the posterior is closed (Rasmussen and Williams, *Gaussian Processes
+for Machine Learning*, section 2.7; without g Bishop, *Pattern Recognition and Machine Learning*, eqs. 3.49 to 3.54).
+The few hyper-parameters are those of highest evidence under broad log-normal priors (Bishop, section 3.5).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy import linalg, optimize
 
+from alcore.gaussian_process import LabelCovariance, Matern
 from alcore.types import FloatArray, IntArray
 
 ENERGY_NOISE_EV = 1.0e-3
@@ -20,25 +23,96 @@ NOISE_LENGTH_ANG = 0.05
 """What the features cannot represent in forces they cannot in energies either: energy noise per force noise."""
 FORCE_NOISE_FLOOR = 5.0e-3
 """eV/Å; forces of a converged calculation are rarely better."""
+OFFSET_STD_EV = 100.0
+"""Of a composition's offset from the mean of its residuals."""
+WITHIN = 3.0
+"""Spreads of its prior that a hyper-parameter may be away from its median."""
+STEP = 1e-4
+"""Of finite differences, in spreads: smaller ones drown in the rounding of the evidence, and the search stops early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """Prior of a positive number: its median and the spread of its logarithm."""
+
+    median: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperPriors:
+    """What is known of the hyper-parameters before any label.
+
+    Attributes:
+        precision: α of the random features' weights, eV⁻².
+        force_noise_ev_per_ang: noise of the forces, with what neither φ nor g can represent.
+        amplitude_ev, length_ang: of g; None for no g.
+    """
+
+    precision: LogNormal = LogNormal(median=5.0, spread=0.5)
+    force_noise_ev_per_ang: LogNormal = LogNormal(median=0.02, spread=1.0)
+    amplitude_ev: LogNormal | None = None
+    length_ang: LogNormal | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """The hyper-parameters themselves; names as in ``HyperPriors``, no g where ``amplitude_ev`` is 0."""
+
+    precision: float
+    force_noise_ev_per_ang: float
+    amplitude_ev: float = 0.0
+    length_ang: float = 1.0
+
+    @property
+    def kernel(self) -> Matern | None:
+        """Of g."""
+        return Matern(amplitude_ev=self.amplitude_ev, length_ang=self.length_ang) if self.amplitude_ev else None
+
+    @property
+    def energy_noise_ev(self) -> float:
+        """Noise of an energy on a path, from that of the forces."""
+        return float(np.hypot(ENERGY_NOISE_EV, NOISE_LENGTH_ANG * self.force_noise_ev_per_ang))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Design:
-    """Rows of the regression.
+class Observations:
+    """Labels of the same atoms in the same cell, as the regression sees them.
 
     Attributes:
-        energy: features of each labelled structure, ``(n_labels, n_features)``.
-        groups: composition each label belongs to (each has an offset of its own), ``(n_labels,)``.
-        forces: −∂φ/∂x for every free coordinate of every label, ``(n_force_rows, n_features)``.
-        energy_looseness, force_looseness: factor on the noise of each row, ``(n_labels,)`` and ``(n_force_rows,)``: a
-            geometry far from any path need not be reproduced as well as one on it.
+        place: of each label in the data set, ``(n_labels,)``.
+        coordinates: the free ones in Å, ``(n_labels, n_coordinates)``.
+        energy: φ of each label, ``(n_labels, n_features)``.
+        forces: −∂φ/∂x for every free coordinate, ``(n_labels, n_coordinates, n_features)``.
+        groups: composition each label belongs to, numbered over the whole data set, ``(n_labels,)``.
+        looseness: factor on the noise of each label, ``(n_labels,)``: a geometry far from any path need not be
+            reproduced as well as one on it.
     """
 
+    place: IntArray
+    coordinates: FloatArray
     energy: FloatArray
-    groups: IntArray
     forces: FloatArray
-    energy_looseness: FloatArray | float = 1.0
-    force_looseness: FloatArray | float = 1.0
+    groups: IntArray
+    looseness: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Local:
+    """Posterior of g for one set of atoms.
+
+    Attributes:
+        covariance: of its observations.
+        energy_columns, force_columns: inverse covariance times the columns of φ and of the offsets.
+        energy_pull, force_pull: inverse covariance times what is left of the labels, ``(n_models, n_labels)`` and
+            ``(n_models, n_labels, n_coordinates)``: g(x) is the crossed covariance times these.
+    """
+
+    covariance: LabelCovariance
+    energy_columns: FloatArray
+    force_columns: FloatArray
+    energy_pull: FloatArray
+    force_pull: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,105 +120,252 @@ class Correction:
     """A fitted correction.
 
     Attributes:
-        weights: posterior mean for each member, ``(n_members, n_features)``.
-        covariance: posterior covariance of the weights, ``(n_features, n_features)``.
-        precision: α of the evidence.
-        force_noise_ev_per_ang: force noise of the evidence.
-        log_evidence: at these values.
+        weights: posterior mean of w for each model, ``(n_models, n_features)``.
+        root: lower Cholesky factor of the posterior precision of w and the offsets.
+        hyper: hyper-parameters of highest evidence.
+        log_evidence: at these.
+        local: posterior of g, one for each ``Observations``; empty without g.
     """
 
     weights: FloatArray
-    covariance: FloatArray
-    precision: float
-    force_noise_ev_per_ang: float
+    root: FloatArray
+    hyper: Hyper
     log_evidence: float
+    local: tuple[Local, ...] = ()
 
-    def energy_covariance(self, features: FloatArray) -> FloatArray:
-        """Posterior covariance of φ·w in eV² for ``features`` ``(n, n_features)``; only differences of energies mean
-        something, so pass features relative to a common anchor."""
-        return np.asarray(features @ self.covariance @ features.T)
+    def energy_covariance(
+        self, features: FloatArray, coordinates: FloatArray | None = None, local: Local | None = None
+    ) -> FloatArray:
+        """Posterior covariance in eV² of the energies relative to the first, ``(n, n)``.
+
+        Args:
+            features: φ, ``(n, n_features)``.
+            coordinates: free ones in Å, ``(n, n_coordinates)``; needed with g only.
+            local: of these atoms; None where none of their labels is known.
+        """
+        columns = np.zeros((len(features), len(self.root)))
+        columns[:, : features.shape[1]] = features - features[:1]
+        kernel, spread = self.hyper.kernel, np.zeros((len(features),) * 2)
+        if kernel is not None and coordinates is not None:
+            value = kernel.profile(np.linalg.norm(coordinates[:, None] - coordinates[None], axis=2))[0]
+            spread = value - value[:1] - value[:, :1] + value[0, 0]
+            if local is not None:
+                energy, force = local.covariance.crossed(coordinates)
+                energy, force = energy - energy[:1], force - force[:1]
+                known = local.covariance.whiten(energy.T, force.transpose(1, 2, 0))
+                spread -= known.T @ known
+                columns -= energy @ local.energy_columns + np.tensordot(force, local.force_columns, axes=2)
+        half = linalg.solve_triangular(self.root, columns.T, lower=True)
+        return np.asarray(spread + half.T @ half)
 
 
-def _whitened(design: Design, values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Energy rows and values over their looseness, each composition's weighted mean (its offset) removed."""
-    rows, residual = np.array(design.energy), np.array(values)
-    loose = np.broadcast_to(design.energy_looseness, len(rows))
-    for group in np.unique(design.groups):
-        mine = design.groups == group
-        weight = loose[mine] ** -2.0 / (loose[mine] ** -2.0).sum()
-        rows[mine] -= weight @ rows[mine]
-        residual[..., mine] -= (residual[..., mine] @ weight)[..., None]
-    return rows / loose[:, None], residual / loose
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Normal:
+    """Normal equations at one set of hyper-parameters: the gram of whitened columns, their product with whitened
+    targets ``(n_columns, n_targets)``, the targets' own squares, and log |covariance|."""
 
-
-def energy_noise_ev(force_noise_ev_per_ang: float) -> float:
-    """Noise of an energy on a path, from that of the forces."""
-    return float(np.hypot(ENERGY_NOISE_EV, NOISE_LENGTH_ANG * force_noise_ev_per_ang))
+    gram: FloatArray
+    moment: FloatArray
+    square: FloatArray
+    log_det: float
 
 
 def fit_correction(
-    design: Design,
-    energy_residuals_ev: FloatArray,
-    force_residuals: FloatArray,
-    unseen_energy_residuals_ev: FloatArray,
-    unseen_force_residuals: FloatArray,
+    observations: Sequence[Observations],
+    energies_ev: FloatArray,
+    forces: Sequence[FloatArray],
     *,
-    min_precision: float = 1e-4,
-    max_precision: float = 100.0,
+    precisions: FloatArray,
+    priors: HyperPriors,
+    informed: bool = True,
 ) -> Correction:
     """Fits one posterior mean a model, and one covariance for all.
 
     Args:
-        design: the rows.
-        energy_residuals_ev: label minus model, ``(n_models, n_labels)``.
-        force_residuals: label minus model for the design's force rows in eV/Å, ``(n_models, n_force_rows)``.
-        unseen_energy_residuals_ev, unseen_force_residuals: the same against a model that never saw the labels,
-            ``(n_labels,)`` and ``(n_force_rows,)``. The evidence, hence every sigma, rests on these: residuals of
-            labels a model was trained on are small for the wrong reason.
-        min_precision: lower bound of α. Without one the evidence explains by huge weights what comes from beyond the
-            model's reach; with it that becomes noise.
-        max_precision: upper bound of α. Two end states at rest leave nothing to explain, and the evidence would then
-            call a model that knows nothing perfect.
+        observations: the labels, by what atoms they are of.
+        energies_ev: label minus model, ``(n_models, n_labels)``. The first model never saw the labels: the evidence,
+            hence every sigma, rests on its residuals, since those of labels a model was trained on are small for the
+            wrong reason.
+        forces: likewise in eV/Å, ``(n_models, n_labels, n_coordinates)`` for each of ``observations``.
+        precisions: of each feature's weight, ``(n_features,)``; NaN where α rules.
+        priors: of the hyper-parameters.
+        informed: False where the labels cannot say how wrong the model may be (two end states at rest leave nothing
+            to explain, and the evidence would call a model that knows nothing perfect): the medians are taken.
     """
-    rows, unseen_energy = _whitened(design, unseen_energy_residuals_ev)
-    force_loose = np.broadcast_to(design.force_looseness, len(design.forces))
-    force_rows, unseen_force = design.forces / force_loose[:, None], unseen_force_residuals / force_loose
-    gram_energy, gram_force = rows.T @ rows, force_rows.T @ force_rows
-    moment_energy, moment_force = rows.T @ unseen_energy, force_rows.T @ unseen_force
-    square_energy, square_force = float(unseen_energy @ unseen_energy), float(unseen_force @ unseen_force)
-    n_features, n_forces, dof = rows.shape[1], len(force_rows), len(rows) - len(np.unique(design.groups))
+    observations = [_with_offsets(block, observations) for block in observations]
+    energies_ev = _centred(energies_ev, observations)
+    n_offsets = observations[0].energy.shape[1] - len(precisions)
+    precisions = np.concatenate([precisions, np.full(n_offsets, OFFSET_STD_EV**-2.0)])
+    pure = _grams(observations, energies_ev[:1], [force[:1] for force in forces]) if not priors.amplitude_ev else None
+    hyper, log_evidence = _best(
+        priors,
+        lambda hyper: _log_evidence(
+            hyper,
+            precisions,
+            pure(hyper) if pure else _normal(hyper, observations, energies_ev[:1], [force[:1] for force in forces]),
+        ),
+        max_iterations=25 if informed else 0,
+    )
+    normal = _normal(hyper, observations, energies_ev, forces)
+    root = linalg.cholesky(normal.gram + np.diag(_diagonal(precisions, hyper)), lower=True)
+    weights = linalg.cho_solve((root, True), normal.moment).T
+    return Correction(
+        weights=weights[:, : weights.shape[1] - n_offsets],
+        root=root,
+        hyper=hyper,
+        log_evidence=log_evidence,
+        local=_locals(hyper, observations, energies_ev, forces, weights) if hyper.kernel else (),
+    )
 
-    def precision_of(alpha: float, noise: float) -> FloatArray:
-        return np.asarray(
-            gram_energy / energy_noise_ev(noise) ** 2 + gram_force / noise**2 + alpha * np.eye(n_features)
+
+def _with_offsets(block: Observations, observations: Sequence[Observations]) -> Observations:
+    """A column for each composition after the features."""
+    n_groups = 1 + max(int(other.groups.max()) for other in observations)
+    flat = np.zeros((*block.forces.shape[:2], n_groups))
+    return Observations(
+        place=block.place,
+        coordinates=block.coordinates,
+        energy=np.concatenate([block.energy, np.eye(n_groups)[block.groups]], axis=1),
+        forces=np.concatenate([block.forces, flat], axis=2),
+        groups=block.groups,
+        looseness=block.looseness,
+    )
+
+
+def _centred(energies_ev: FloatArray, observations: Sequence[Observations]) -> FloatArray:
+    """Without each composition's mean: the offsets need only know what differs from it."""
+    groups = np.zeros(energies_ev.shape[1], dtype=np.int64)
+    for block in observations:
+        groups[block.place] = block.groups
+    centred = np.array(energies_ev)
+    for group in np.unique(groups):
+        centred[:, groups == group] -= centred[:, groups == group].mean(axis=1, keepdims=True)
+    return centred
+
+
+def _covariance(hyper: Hyper, block: Observations) -> LabelCovariance:
+    return LabelCovariance(
+        block.coordinates,
+        hyper.kernel,
+        hyper.energy_noise_ev * block.looseness,
+        hyper.force_noise_ev_per_ang * block.looseness,
+    )
+
+
+def _normal(
+    hyper: Hyper, observations: Sequence[Observations], energies_ev: FloatArray, forces: Sequence[FloatArray]
+) -> _Normal:
+    n_columns, n_models = observations[0].energy.shape[1], len(energies_ev)
+    gram, moment = np.zeros((n_columns, n_columns)), np.zeros((n_columns, n_models))
+    square, log_det = np.zeros(n_models), 0.0
+    for block, force in zip(observations, forces, strict=True):
+        covariance = _covariance(hyper, block)
+        columns = covariance.whiten(block.energy, block.forces)
+        target = covariance.whiten(energies_ev[:, block.place].T, np.moveaxis(force, 0, 2))
+        gram += columns.T @ columns
+        moment += columns.T @ target
+        square += (target**2).sum(axis=0)
+        log_det += covariance.log_det
+    return _Normal(gram=gram, moment=moment, square=square, log_det=log_det)
+
+
+def _grams(
+    observations: Sequence[Observations], energies_ev: FloatArray, forces: Sequence[FloatArray]
+) -> Callable[[Hyper], _Normal]:
+    """``_normal`` without g for many hyper-parameters: there the noise is but a factor on energies and on forces."""
+    unit = Hyper(precision=1.0, force_noise_ev_per_ang=1.0)
+    calm = [np.zeros_like(force) for force in forces]
+    still = [_without(block, forces=np.zeros_like(block.forces)) for block in observations]
+    flat = [_without(block, energy=np.zeros_like(block.energy)) for block in observations]
+    of_energy = _normal(unit, still, energies_ev, calm)
+    of_forces = _normal(unit, flat, np.zeros_like(energies_ev), forces)
+
+    def normal(hyper: Hyper) -> _Normal:
+        energy = (unit.energy_noise_ev / hyper.energy_noise_ev) ** 2
+        force = hyper.force_noise_ev_per_ang**-2.0
+        return _Normal(
+            gram=energy * of_energy.gram + force * of_forces.gram,
+            moment=energy * of_energy.moment + force * of_forces.moment,
+            square=energy * of_energy.square + force * of_forces.square,
+            log_det=sum(_covariance(hyper, block).log_det for block in observations),
         )
 
-    def negative_log_evidence(log_hyper: FloatArray) -> float:
-        alpha, noise = np.exp(log_hyper[0]), np.exp(log_hyper[1])
-        energy_noise = energy_noise_ev(noise)
-        factor = linalg.cho_factor(precision_of(alpha, noise), lower=True, overwrite_a=True)
-        moment = moment_energy / energy_noise**2 + moment_force / noise**2
-        misfit = square_energy / energy_noise**2 + square_force / noise**2 - moment @ linalg.cho_solve(factor, moment)
-        log_det = 2 * np.log(np.diag(factor[0])).sum()
-        log_noise = 2 * dof * np.log(energy_noise) + 2 * n_forces * log_hyper[1]
-        return float(0.5 * (misfit + log_det - n_features * log_hyper[0] + log_noise))
+    return normal
 
-    bounds = [(np.log(min_precision), np.log(max_precision)), (np.log(FORCE_NOISE_FLOOR), np.log(0.5))]
-    best = min(
-        (
-            optimize.minimize(negative_log_evidence, [np.log(alpha), np.log(0.02)], bounds=bounds, method="L-BFGS-B")
-            for alpha in (max(0.1, min_precision), min(10.0, max_precision))
-        ),
-        key=lambda result: float(result.fun),
+
+def _without(
+    block: Observations, *, energy: FloatArray | None = None, forces: FloatArray | None = None
+) -> Observations:
+    values = {f.name: getattr(block, f.name) for f in fields(block)}
+    changes = {name: value for name, value in (("energy", energy), ("forces", forces)) if value is not None}
+    return Observations(**{**values, **changes})
+
+
+def _diagonal(precisions: FloatArray, hyper: Hyper) -> FloatArray:
+    return np.where(np.isnan(precisions), hyper.precision, precisions)
+
+
+def _log_evidence(hyper: Hyper, precisions: FloatArray, normal: _Normal) -> float:
+    diagonal = _diagonal(precisions, hyper)
+    root = linalg.cholesky(normal.gram + np.diag(diagonal), lower=True, check_finite=False)
+    explained = linalg.solve_triangular(root, normal.moment[:, 0], lower=True, check_finite=False)
+    misfit = normal.square[0] - explained @ explained
+    log_det = normal.log_det + 2 * np.log(np.diag(root)).sum() - np.log(diagonal).sum()
+    return float(-0.5 * (misfit + log_det))
+
+
+def _best(priors: HyperPriors, log_evidence: Callable[[Hyper], float], *, max_iterations: int) -> tuple[Hyper, float]:
+    """Hyper-parameters of highest evidence times prior, and the evidence there; the medians for no iteration."""
+    known = {f.name: getattr(priors, f.name) for f in fields(priors) if getattr(priors, f.name) is not None}
+    medians = np.log([prior.median for prior in known.values()])
+    spreads = np.array([prior.spread for prior in known.values()])
+
+    def hyper(away: FloatArray) -> Hyper:
+        values = dict(zip(known, np.exp(medians + spreads * away).tolist(), strict=True))
+        values["force_noise_ev_per_ang"] = max(values["force_noise_ev_per_ang"], FORCE_NOISE_FLOOR)
+        return Hyper(**values)
+
+    if not max_iterations:
+        medians_only = hyper(np.zeros(len(known)))
+        return medians_only, log_evidence(medians_only)
+    lowest = dict.fromkeys(known, -WITHIN)  # the floor is a bound, not a kink in what is searched
+    noise = priors.force_noise_ev_per_ang
+    lowest["force_noise_ev_per_ang"] = float(
+        np.clip(np.log(FORCE_NOISE_FLOOR / noise.median) / noise.spread, -WITHIN, WITHIN)
     )
-    alpha, noise = float(np.exp(best.x[0])), float(np.exp(best.x[1]))
-    factor = linalg.cho_factor(precision_of(alpha, noise), lower=True)
-    _, energies = _whitened(design, energy_residuals_ev)
-    moment = energies @ rows / energy_noise_ev(noise) ** 2 + (force_residuals / force_loose) @ force_rows / noise**2
-    return Correction(
-        weights=linalg.cho_solve(factor, moment.T).T,
-        covariance=linalg.cho_solve(factor, np.eye(n_features)),
-        precision=alpha,
-        force_noise_ev_per_ang=noise,
-        log_evidence=-float(best.fun),
+    found = optimize.minimize(
+        lambda away: 0.5 * float(away @ away) - log_evidence(hyper(away)),
+        np.zeros(len(known)),
+        bounds=[(lowest[name], WITHIN) for name in known],
+        method="L-BFGS-B",
+        options={"maxiter": max_iterations, "eps": STEP},
     )
+    best = hyper(found.x)
+    return best, 0.5 * float(found.x @ found.x) - float(found.fun)
+
+
+def _locals(
+    hyper: Hyper,
+    observations: Sequence[Observations],
+    energies_ev: FloatArray,
+    forces: Sequence[FloatArray],
+    weights: FloatArray,
+) -> tuple[Local, ...]:
+    found = []
+    for block, force in zip(observations, forces, strict=True):
+        covariance = _covariance(hyper, block)
+        energy_columns, force_columns = covariance.solve(block.energy, block.forces)
+        energy_pull, force_pull = covariance.solve(
+            energies_ev[:, block.place].T - block.energy @ weights.T,
+            np.moveaxis(force, 0, 2) - block.forces @ weights.T,
+        )
+        found.append(
+            Local(
+                covariance=covariance,
+                energy_columns=energy_columns,
+                force_columns=force_columns,
+                energy_pull=energy_pull.T,
+                force_pull=np.moveaxis(force_pull, 2, 0),
+            )
+        )
+    return tuple(found)

@@ -1,9 +1,9 @@
 """Random cosine features of MACE's node descriptors: the basis of the closed-form correction.
 
 For an atom of element z with standardised invariant descriptor d, and random frequencies ω_r and phases b_r,
-ψ_r = sqrt(2/R) cos(ω_r·d + b_r) approximates a Gaussian kernel (Rahimi and Recht, NIPS 2007). A structure's feature
-vector holds, for each element, the sum of ψ over its atoms, so energies that are linear in it are extensive, smooth
-and invariant under permutation, translation and rotation.
+ψ_r = sqrt(2/R) cos(ω_r·d + b_r) approximates a kernel (Rahimi and Recht, NIPS 2007): a mixture of Gaussians of many
+length scales. A structure's feature vector holds, for each element, the sum of ψ over its atoms, so energies that are
+linear in it are extensive, smooth and invariant under permutation, translation and rotation.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 
 from alcore.types import FloatArray, IntArray, Structure
 
-LENGTH_SCALE = 2.0
-"""In units of sqrt(descriptor dimensions): 1 to 4 need about as many labels, 0.5 half as many again."""
+LENGTH_SCALES = (2.0, 6.0)
+"""Drawn log-uniformly between these, in units of sqrt(descriptor dimensions): short ones tell environments apart, long
+ones carry far; 1 alone needs a quarter more labels than 2 or 4."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +31,7 @@ class RandomFeatures:
         mean, scale: of the descriptors, ``(n_elements, n_descriptors)``.
         omega: ``(n_elements, n_descriptors, n_random)``, already divided by the length scale.
         phase: ``(n_elements, n_random)``.
+        basis: what the sums over atoms are multiplied by, ``(n_features, n_features)``: see ``calm_basis``.
     """
 
     elements: tuple[int, ...]
@@ -37,6 +39,7 @@ class RandomFeatures:
     scale: torch.Tensor
     omega: torch.Tensor
     phase: torch.Tensor
+    basis: torch.Tensor
 
     @property
     def n_features(self) -> int:
@@ -69,6 +72,25 @@ class RandomFeatures:
                 waves = torch.sin(centred @ self.omega[block] + self.phase[block]) * (2.0 / n_random) ** 0.5
                 out[:, columns] -= (jacobian[:, node] @ slope) * waves
         return out
+
+
+def calm_basis(jacobian: FloatArray, share: float) -> FloatArray:
+    """A basis in which weights of equal size mean forces of about equal size, ``(n_features, n_features)``.
+
+    Independent weights of the features themselves allow any function whose energy is small; explaining one label then
+    brings forces of several eV/Å beside it. The precision of the weights is therefore that of the features' own, plus,
+    for a ``share``, the mean square force that they make over typical geometries (a Sobolev norm, as in Tikhonov
+    regularisation); both have unit mean. The basis is the inverse square root of that precision.
+
+    Args:
+        jacobian: ∂φ/∂x over some geometries, ``(n_rows, n_features)``.
+        share: from 0 (the features themselves) up to below 1.
+    """
+    n_features = jacobian.shape[1]
+    power = jacobian.T @ jacobian
+    power *= n_features / max(float(np.trace(power)), 1e-12)
+    values, vectors = np.linalg.eigh((1 - share) * np.eye(n_features) + share * power)
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
 def invariant_columns(model: Any) -> list[int]:
@@ -111,7 +133,10 @@ def make_features(
         scale = np.maximum(mine.std(axis=0), 0.05 * max(float(mine.std(axis=0).max()), 1e-6))
         means.append(mine.mean(axis=0))
         scales.append(np.where(scale > 0, scale, np.maximum(pooled, 1e-6)))
-        omegas.append(rng.standard_normal((n_descriptors, per_element)) / (LENGTH_SCALE * np.sqrt(n_descriptors)))
+        lengths = np.exp(rng.uniform(np.log(LENGTH_SCALES[0]), np.log(LENGTH_SCALES[1]), per_element)) * np.sqrt(
+            n_descriptors
+        )
+        omegas.append(rng.standard_normal((n_descriptors, per_element)) / lengths)
         phases.append(rng.uniform(0, 2 * np.pi, per_element))
     return RandomFeatures(
         elements=elements,
@@ -119,6 +144,7 @@ def make_features(
         scale=like.new_tensor(np.array(scales)),
         omega=like.new_tensor(np.array(omegas)),
         phase=like.new_tensor(np.array(phases)),
+        basis=torch.eye(len(elements) * per_element, dtype=like.dtype, device=like.device),
     )
 
 

@@ -55,19 +55,25 @@ class ElasticNetwork:
         if not len(self.first):
             return positions.sum(dim=(1, 2)) * 0.0
         first, second = torch.as_tensor(self.first), torch.as_tensor(self.second)
-        unwrapped = positions - positions.new_tensor(self._wraps(positions.detach().cpu().numpy()))
+        wraps = lattice_wraps(positions.detach().cpu().numpy(), self.home_ang, self.cell, self.pbc)
+        unwrapped = positions - positions.new_tensor(wraps)
         gap = unwrapped[:, second] + positions.new_tensor(self.shifts_ang) - unwrapped[:, first]
         length = torch.linalg.vector_norm(gap, dim=2)
         short = torch.relu(positions.new_tensor(self.shortest_ang) - length)
         long = torch.relu(length - positions.new_tensor(self.longest_ang))
         return (0.5 * positions.new_tensor(self.stiffness_ev_per_ang2) * (short + long) ** 2).sum(dim=1)
 
-    def _wraps(self, positions: FloatArray) -> FloatArray:
-        """Lattice vectors by which atoms lie elsewhere than around home, same shape as ``positions``."""
-        if not self.pbc.any():
-            return np.zeros_like(positions)
-        fractional = (positions - self.home_ang) @ np.linalg.inv(complete_cell(self.cell))
-        return np.asarray(np.where(self.pbc, np.round(fractional), 0.0) @ self.cell)
+
+def lattice_wraps(
+    positions: FloatArray, home_ang: FloatArray, cell: FloatArray, pbc: BoolArray, *, beyond: float = 0.5
+) -> FloatArray:
+    """Lattice vectors by which atoms ``(n_images, n_atoms, 3)`` lie elsewhere than around ``home_ang``
+    ``(n_atoms, 3)``, Å, same shape as ``positions``; ``beyond``: fractions of a lattice vector that are near enough."""
+    if not pbc.any():
+        return np.zeros_like(positions)
+    fractional = (positions - home_ang) @ np.linalg.inv(complete_cell(cell))
+    wraps = np.sign(fractional) * np.ceil(np.abs(fractional) - beyond)
+    return np.asarray(np.where(pbc, wraps, 0.0) @ cell)
 
 
 def network_key(structure: Structure) -> bytes:

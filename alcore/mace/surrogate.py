@@ -1,36 +1,21 @@
-"""The surrogate: a committee of MACE models plus the closed-form correction on the frozen prior's node features."""
+"""The surrogate: MACE (a frozen prior, or a fine-tuned committee) plus the closed-form correction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from alcore.barrier import label_fmax
-from alcore.correction import Correction, Design, fit_correction
-from alcore.dataset import composition_groups
-from alcore.mace.features import RandomFeatures, element_index, invariant_columns, make_features
+from alcore.correction import Correction, Local
+from alcore.mace.features import RandomFeatures, element_index, invariant_columns
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import model_elements
-from alcore.mace.network import ElasticNetwork, network_key
-from alcore.protocols import Potential
-from alcore.types import CommitteePrediction, Dataset, FloatArray, Label, Structure, frozen_array
+from alcore.mace.network import ElasticNetwork, lattice_wraps, network_key
+from alcore.types import CommitteePrediction, FloatArray, Structure
 
-LOOSE_FORCE_EV_PER_ANG = 1.0
-"""A label whose largest reference force is this is fitted with twice the noise of one at rest."""
-MAX_PRECISION, UNTRAINED_MAX_PRECISION = 100.0, 20.0
-"""Of the correction's weights, over a foundation model and over an untrained one."""
-MIN_PRECISION = 10.0
-"""1/√10, or 0.3 eV, is what one atom's energy may well be off by. Without this bound the evidence explains forces that
-come from beyond the model's reach by weights of 30 eV, and bands fall into wells that are not there. Measured on pw.x
-labels of a vacancy in Al, two seeds: the error of the next label's forces, relative to those forces, is 4.3 without a
-bound and 1.2, 0.85, 0.76, 0.70 with 1, 3, 10, 20."""
-NETWORK_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
-"""How much of the elastic network may hold. It tells every single atom apart, the features only environments, so what
-it gets wrong cannot be corrected: it has to go as labels come."""
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
 
@@ -39,24 +24,36 @@ Lead = Literal["prior", "committee"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MaceSurrogate:
-    """Energy = model + φ·w, where φ comes from the prior's trunk, which never learns.
+class Known:
+    """What the correction knows of one set of atoms: g's posterior, and the places around which atoms are unwrapped,
+    ``(n_atoms, 3)`` in Å."""
 
-    Every model (the prior and each fine-tuned member) has a posterior mean w of its own, fitted to what it leaves
-    unexplained; the posterior covariance is common and rests on the prior's residuals. The surface that relaxations
-    follow is led by the frozen prior, or by the committee's mean once that predicts better.
+    local: Local
+    home_ang: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaceSurrogate:
+    """Energy = model + network + φ·w + g (``alcore.correction``).
+
+    φ holds random features of the prior's trunk, which never learns, and the energies of the parts whose scale the
+    labels may change: the prior itself (a foundation model's surface is too soft as a whole: Deng et al., npj Comput.
+    Mater. 11, 9 (2025)) and the elastic network. Every model (the prior and each fine-tuned member) has weights of its
+    own, fitted to what it leaves unexplained; the posterior covariance is common and rests on the prior's residuals.
+    Relaxations follow the frozen prior, or the committee's mean once that predicts better.
 
     Attributes:
         prior: the starting model, frozen.
         members: the fine-tuned committee; empty until the first fine-tuning.
         lead: which surface relaxations follow.
-        features: random features on the prior's descriptors, or None for no correction.
+        features: random features on the prior's descriptors, or None.
+        networks: what is known of each set of atoms before any label, under every model (``network.ElasticNetwork``).
+        scaled: whether φ holds the prior's own energy.
         correction: None before the first label, or without correction; its weights' rows are the prior, then the
             members.
+        known: g's part of it by ``atoms_key``.
         rows: features and Jacobian of each label seen so far, by key (they depend on the frozen trunk only, so they
             stay true).
-        networks: what is known of each set of atoms before any label, under every model (``network.ElasticNetwork``).
-        network_weight: how much of it still holds; the evidence of the labels decides.
         notes: how it was made, for ``describe``.
     """
 
@@ -64,10 +61,11 @@ class MaceSurrogate:
     members: tuple[Any, ...] = ()
     lead: Lead = "prior"
     features: RandomFeatures | None = None
-    correction: Correction | None = None
-    rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
     networks: Mapping[bytes, ElasticNetwork] = field(default_factory=dict)
-    network_weight: float = 1.0
+    scaled: bool = False
+    correction: Correction | None = None
+    known: Mapping[bytes, Known] = field(default_factory=dict)
+    rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,51 +73,52 @@ class MaceSurrogate:
         """A tensor of the model's type and device."""
         return next(iter(self.prior.parameters()))
 
+    @property
+    def n_scales(self) -> int:
+        """Columns of φ after the random features: the prior's energy, the network's."""
+        return int(self.scaled) + int(bool(self.networks))
+
     def describe(self) -> dict[str, Any]:
         """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
         found: dict[str, Any] = {**self.notes, "lead": self.lead, "n_members": len(self.members)}
-        found["network_weight"] = self.network_weight if self.networks else 0.0
-        if self.correction is not None:
-            found["correction"] = {
-                "precision": self.correction.precision,
-                "force_noise_ev_per_ang": self.correction.force_noise_ev_per_ang,
-                "log_evidence": self.correction.log_evidence,
-                "n_features": int(self.correction.weights.shape[1]),
-            }
+        if self.correction is None:
+            return found
+        hyper, scales = self.correction.hyper, self.correction.weights[0, -self.n_scales :].tolist()
+        found["correction"] = {
+            "precision": hyper.precision,
+            "force_noise_ev_per_ang": hyper.force_noise_ev_per_ang,
+            "log_evidence": self.correction.log_evidence,
+            "n_features": int(self.correction.weights.shape[1]),
+        }
+        if hyper.kernel:
+            found["correction"] |= {"amplitude_ev": hyper.amplitude_ev, "length_ang": hyper.length_ang}
+        if self.networks:
+            found["network_scale"] = 1.0 + scales[-1]
+        if self.scaled:
+            found["prior_scale"] = 1.0 + scales[0]
         return found
 
     def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Energies in eV ``(n_images,)`` and forces in eV/Å ``(n_images, n_atoms, 3)`` of the leading surface."""
         graph = self._graph(template, positions)
-        leaders = self.members if self.lead == "committee" else (self.prior,)
-        energies, phi = self._forward(graph, leaders, template, len(positions))
-        weights = self._weights()
+        committee = self.lead == "committee"
+        energies, _ = self._corrected(graph, template, self.members if committee else (self.prior,))
         lead = energies.mean(dim=0)
-        if weights is not None:
-            lead = lead + phi @ (weights[1:].mean(dim=0) if self.lead == "committee" else weights[0])
         return _numpy(lead), self._forces(lead, graph)
 
     def predict(self, template: Structure, positions: FloatArray) -> CommitteePrediction:
         """Leading energies and forces, every member, and the posterior covariance relative to the first geometry."""
         graph = self._graph(template, positions)
-        energies, phi = self._forward(graph, (self.prior, *self.members), template, len(positions))
-        weights = self._weights()
-        if weights is not None:
-            energies = energies + weights @ phi.T
+        energies, phi = self._corrected(graph, template, (self.prior, *self.members))
         by_lead = {"prior": energies[0]}
         if self.members:
             by_lead["committee"] = energies[1:].mean(dim=0)
-        forces = self._forces(by_lead[self.lead], graph)
-        anchored = _numpy(phi - phi[:1])
-        covariance = (
-            np.zeros((len(positions),) * 2) if self.correction is None else self.correction.energy_covariance(anchored)
-        )
         return CommitteePrediction(
             energies_ev=_numpy(by_lead[self.lead]),
-            forces=forces,
+            forces=self._forces(by_lead[self.lead], graph),
             members_ev=_numpy(energies[1:]),
             by_lead_ev={name: _numpy(values) for name, values in by_lead.items()},
-            covariance_ev2=covariance,
+            covariance_ev2=self._covariance(template, positions, _numpy(phi)),
             lead=self.lead,
         )
 
@@ -128,9 +127,18 @@ class MaceSurrogate:
         if self.correction is None:
             return np.zeros(len(positions))
         with torch.no_grad():
-            feats = self.prior(self._graph(template, positions), compute_force=False)["node_feats"]
-            phi = _numpy(self._phi(feats, template, len(positions)))
-        return np.sqrt(np.maximum(np.diag(self.correction.energy_covariance(phi - phi[:1])), 0.0))
+            graph = self._graph(template, positions)
+            out = self.prior(graph, compute_force=False)
+            phi = self._phi(out, self._host(graph, template), template)
+        return np.sqrt(np.maximum(np.diag(self._covariance(template, positions, _numpy(phi))), 0.0))
+
+    def _covariance(self, template: Structure, positions: FloatArray, phi: FloatArray) -> FloatArray:
+        if self.correction is None:
+            return np.zeros((len(positions),) * 2)
+        known = self.known.get(atoms_key(template))
+        home = template.positions if known is None else known.home_ang
+        places = free_coordinates(template, positions, home)
+        return self.correction.energy_covariance(phi, places, known.local if known else None)
 
     def _graph(self, template: Structure, positions: FloatArray) -> dict[str, torch.Tensor]:
         return batch_graph(
@@ -142,43 +150,68 @@ class MaceSurrogate:
             device=self.like.device,
         )
 
-    def _weights(self) -> torch.Tensor | None:
-        return None if self.correction is None else self.like.new_tensor(self.correction.weights)
-
-    def _forward(
-        self, graph: dict[str, torch.Tensor], models: Sequence[Any], template: Structure, n_images: int
+    def _corrected(
+        self, graph: dict[str, torch.Tensor], template: Structure, models: Sequence[Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bare energies ``(n_models, n_images)`` and features ``(n_images, n_features)``, graphs shared."""
-        phi, energies = self.like.new_zeros((n_images, 0)), []
-        seen_prior = False
-        for model in models:
-            out = model(graph, compute_force=False)
-            energies.append(out["energy"])
-            if model is self.prior and self.features is not None:
-                phi, seen_prior = self._phi(out["node_feats"], template, n_images), True
-        if self.features is not None and not seen_prior and self.correction is not None:
-            phi = self._phi(self.prior(graph, compute_force=False)["node_feats"], template, n_images)
-        return torch.stack(energies) + self._host(template, graph, n_images), phi
+        """Energies of ``models`` with all that lies over them ``(n_models, n_images)``, and φ
+        ``(n_images, n_features)``, of no column before there is a correction; graphs shared."""
+        outs = [model(graph, compute_force=False) for model in models]
+        host = self._host(graph, template)
+        energies = torch.stack([out["energy"] for out in outs]) + host
+        if self.correction is None:
+            return energies, host.new_zeros((len(host), 0))
+        by_prior = outs[0] if models[0] is self.prior else self.prior(graph, compute_force=False)
+        phi = self._phi(by_prior, host, template)
+        rows = [0 if model is self.prior else 1 + k for k, model in self._numbered(models)]
+        energies = energies + self.like.new_tensor(self.correction.weights[rows]) @ phi.T
+        known = self.known.get(atoms_key(template))
+        return energies if known is None else energies + self._pull(graph, template, known)[rows], phi
 
-    def _host(self, template: Structure, graph: dict[str, torch.Tensor], n_images: int) -> torch.Tensor:
+    def _numbered(self, models: Sequence[Any]) -> list[tuple[int, Any]]:
+        places = {id(member): k for k, member in enumerate(self.members)}
+        return [(places.get(id(model), -1), model) for model in models]
+
+    def _host(self, graph: dict[str, torch.Tensor], template: Structure) -> torch.Tensor:
         """Energy of the elastic network under every model, ``(n_images,)``; zero where these atoms have none."""
+        positions = graph["positions"].reshape(-1, len(template), 3)
         network = self.networks.get(network_key(template))
-        if network is None:
-            return self.like.new_zeros(n_images)
-        return self.network_weight * network.energies(graph["positions"].reshape(n_images, -1, 3))
+        return self.like.new_zeros(len(positions)) if network is None else network.energies(positions)
 
     @staticmethod
     def _forces(energies: torch.Tensor, graph: dict[str, torch.Tensor]) -> FloatArray:
         (gradient,) = torch.autograd.grad(energies.sum(), graph["positions"])
         return -_numpy(gradient).reshape(len(energies), -1, 3)
 
-    def _phi(self, node_feats: torch.Tensor, template: Structure, n_images: int) -> torch.Tensor:
-        assert self.features is not None
-        descriptors = node_feats[:, invariant_columns(self.prior)]
-        nodes = self.features.of_nodes(
-            descriptors, element_index(template, self.features, n_images).to(self.like.device)
-        )
-        return nodes.reshape(n_images, len(template), -1).sum(dim=1)
+    def _phi(self, out: Mapping[str, torch.Tensor], host: torch.Tensor, template: Structure) -> torch.Tensor:
+        """φ ``(n_images, n_features)`` from what the prior says and the network's energies."""
+        columns = []
+        if self.features is not None:
+            descriptors = out["node_feats"][:, invariant_columns(self.prior)]
+            blocks = element_index(template, self.features, len(host)).to(self.like.device)
+            nodes = self.features.of_nodes(descriptors, blocks)
+            columns.append(nodes.reshape(len(host), len(template), -1).sum(dim=1) @ self.features.basis)
+        if self.scaled:
+            columns.append(out["energy"][:, None])
+        if self.networks:
+            columns.append(host[:, None])
+        return torch.cat(columns, dim=1) if columns else host.new_zeros((len(host), 0))
+
+    def _pull(self, graph: dict[str, torch.Tensor], template: Structure, known: Known) -> torch.Tensor:
+        """g under every model, ``(n_models, n_images)``."""
+        local, kernel = known.local, known.local.covariance.kernel
+        assert kernel is not None
+        n_images = len(graph["positions"]) // len(template)
+        positions = graph["positions"].reshape(n_images, len(template), 3)
+        wraps = lattice_wraps(_numpy(positions), known.home_ang, template.cell, template.pbc)
+        free = torch.as_tensor(np.flatnonzero(~template.fixed.ravel()), device=self.like.device)
+        places = (positions - self.like.new_tensor(wraps)).reshape(n_images, -1)[:, free]
+        gaps = places[:, None] - self.like.new_tensor(local.covariance.places)[None]
+        rho = 5.0**0.5 / kernel.length_ang * torch.sqrt(gaps.square().sum(dim=2) + 1e-18)  # the root's slope at 0
+        decay = kernel.amplitude_ev**2 * torch.exp(-rho)
+        slope = -5.0 / (3.0 * kernel.length_ang**2) * decay * (1 + rho)
+        along = torch.einsum("pnd,knd->kpn", gaps, self.like.new_tensor(local.force_pull))
+        value = decay * (1 + rho + rho**2 / 3)
+        return self.like.new_tensor(local.energy_pull) @ value.T + (along * slope).sum(dim=2)
 
     def descriptors(self, template: Structure, positions: FloatArray) -> FloatArray:
         """The prior's invariant node descriptors, ``(n_images * n_atoms, n_descriptors)``."""
@@ -189,17 +222,45 @@ class MaceSurrogate:
     def feature_rows(self, structure: Structure) -> tuple[FloatArray, FloatArray]:
         """φ ``(n_features,)`` and −∂φ/∂x ``(3 n_atoms, n_features)`` of one structure.
 
-        The Jacobian of the descriptors comes first, column by column as forward derivatives (by differentiating the
-        backward pass, which is linear in its seed, once more): 3 n_atoms of them, however many features there are.
+        One backward pass a feature, or, for fewer atoms than that, the Jacobian of the descriptors column by column as
+        forward derivatives (by differentiating the backward pass, which is linear in its seed, once more). Each pass
+        costs as much as there are atoms, and there are never more of them than features.
         """
-        assert self.features is not None
         graph = self._graph(structure, structure.positions[None])
-        descriptors = self.prior(graph, compute_force=False)["node_feats"][:, invariant_columns(self.prior)]
+        out = self.prior(graph, compute_force=False)
+        host = self._host(graph, structure)
+        phi = self._phi(out, host, structure)[0]
+        n_random = len(phi) - self.n_scales
+        if self.features is None or n_random <= 3 * len(structure):
+            gradient = self._backward(phi, graph["positions"])
+        else:
+            scales = self._backward(phi[n_random:], graph["positions"])
+            gradient = torch.cat([self._forward(out["node_feats"], graph, structure), scales])
+        return _numpy(phi), -_numpy(gradient).T
+
+    def _backward(self, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """∂values/∂x, ``(n_values, 3 n_atoms)``."""
+        if not values.requires_grad:  # nothing in φ is about these atoms
+            return values.new_zeros((len(values), 3 * len(positions)))
+        seeds, chunk = torch.eye(len(values), dtype=values.dtype, device=values.device), _chunk(len(positions))
+        rows = [values.new_zeros((0, 3 * len(positions)))]
+        for start in range(0, len(values), chunk):
+            (gradient,) = torch.autograd.grad(
+                values, positions, grad_outputs=seeds[start : start + chunk], is_grads_batched=True, retain_graph=True
+            )
+            rows.append(gradient.reshape(len(gradient), -1))
+        return torch.cat(rows)
+
+    def _forward(self, node_feats: torch.Tensor, graph: dict[str, torch.Tensor], structure: Structure) -> torch.Tensor:
+        """∂φ/∂x of the random features, ``(n_random, 3 n_atoms)``."""
+        assert self.features is not None
+        descriptors = node_feats[:, invariant_columns(self.prior)]
         seed = torch.zeros_like(descriptors, requires_grad=True)
-        (gradient,) = torch.autograd.grad(descriptors, graph["positions"], grad_outputs=seed, create_graph=True)
-        n_atoms = len(structure)
+        (gradient,) = torch.autograd.grad(
+            descriptors, graph["positions"], grad_outputs=seed, create_graph=True, retain_graph=True
+        )
+        n_atoms, chunk = len(structure), _chunk(len(structure))
         directions = torch.eye(3 * n_atoms, dtype=self.like.dtype, device=self.like.device).reshape(-1, n_atoms, 3)
-        chunk = max(1, MAX_BATCH_ATOMS // n_atoms)
         blocks = element_index(structure, self.features, 1).to(self.like.device)
         rows = []
         for start in range(0, 3 * n_atoms, chunk):
@@ -207,117 +268,23 @@ class MaceSurrogate:
                 gradient, seed, grad_outputs=directions[start : start + chunk], is_grads_batched=True, retain_graph=True
             )
             rows.append(self.features.derivative(descriptors.detach(), jacobian, blocks))
-        phi = self.features.of_nodes(descriptors.detach(), blocks).sum(dim=0)
-        return _numpy(phi), -_numpy(torch.cat(rows))
+        return (torch.cat(rows) @ self.features.basis).T
+
+
+def atoms_key(structure: Structure) -> bytes:
+    """Structures with equal keys have the same coordinates to move: the same atoms in the same cell, equally held."""
+    return network_key(structure) + structure.fixed.tobytes()
+
+
+def free_coordinates(template: Structure, positions: FloatArray, home_ang: FloatArray) -> FloatArray:
+    """Those that may move, unwrapped around ``home_ang``, Å, ``(n_images, n_coordinates)``."""
+    unwrapped = positions - lattice_wraps(positions, home_ang, template.cell, template.pbc)
+    return np.asarray(unwrapped.reshape(len(positions), -1)[:, ~template.fixed.ravel()])
+
+
+def _chunk(n_atoms: int) -> int:
+    return max(1, MAX_BATCH_ATOMS // n_atoms)
 
 
 def _numpy(tensor: torch.Tensor) -> FloatArray:
     return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float64)
-
-
-def make_surrogate(
-    prior: Any,
-    samples: Sequence[Structure],
-    rng: np.random.Generator,
-    *,
-    per_element: int = 256,
-    correct: bool = True,
-    networks: Mapping[bytes, ElasticNetwork] | None = None,
-) -> MaceSurrogate:
-    """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands)."""
-    bare = MaceSurrogate(prior=prior, networks=networks or {})
-    if not correct:
-        return bare
-    descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
-    numbers = np.concatenate([s.numbers for s in samples])
-    return replace(bare, features=make_features(descriptors, numbers, rng, per_element=per_element, like=bare.like))
-
-
-def with_correction(surrogate: MaceSurrogate, dataset: Dataset) -> MaceSurrogate:
-    """The same models with the correction fitted to ``dataset``; sigmas rest on the frozen prior's residuals alone."""
-    if surrogate.features is None or not len(dataset):
-        kept = surrogate.network_weight if surrogate.features is not None else 0.0  # nothing could correct the network
-        return replace(surrogate, correction=None, network_weight=kept)
-    rows = dict(surrogate.rows)
-    for label in dataset.labels:
-        if label.key not in rows:
-            rows[label.key] = surrogate.feature_rows(label.structure)
-    free = [np.flatnonzero(~label.structure.fixed.ravel()) for label in dataset.labels]
-    loose = np.array([1.0 + (label_fmax(label) or 0.0) / LOOSE_FORCE_EV_PER_ANG for label in dataset.labels])
-    design = Design(
-        energy=np.array([rows[label.key][0] for label in dataset.labels]),
-        groups=composition_groups(dataset.labels),
-        forces=np.concatenate([rows[label.key][1][mask] for label, mask in zip(dataset.labels, free, strict=True)]),
-        energy_looseness=loose,
-        force_looseness=np.repeat(loose, [len(mask) for mask in free]),
-    )
-    energies, forces = model_residuals(surrogate, dataset.labels, free)
-    host_energy, host_force = _network_rows(surrogate, dataset.labels, free)
-    fits = {
-        weight: fit_correction(
-            design,
-            (left_energy := energies - weight * host_energy),
-            (left_force := forces - weight * host_force),
-            left_energy[0],
-            left_force[0],
-            min_precision=MIN_PRECISION,
-            max_precision=UNTRAINED_MAX_PRECISION if surrogate.networks else MAX_PRECISION,
-        )
-        for weight in (NETWORK_WEIGHTS if surrogate.networks else (0.0,))
-    }
-    weight = max(fits, key=lambda w: fits[w].log_evidence)
-    return replace(surrogate, correction=fits[weight], rows=rows, network_weight=weight)
-
-
-def model_residuals(
-    surrogate: MaceSurrogate, labels: Sequence[Label], free: Sequence[Any]
-) -> tuple[FloatArray, FloatArray]:
-    """Label minus each bare model (the prior, then the members), no network under it: energies ``(n_models, n_labels)``
-    in eV, free forces ``(n_models, n_rows)`` in eV/Å."""
-    energies, forces = [], []
-    for model in (surrogate.prior, *surrogate.members):
-        alone = MaceSurrogate(prior=model)
-        left = [left_over(alone, label) for label in labels]
-        energies.append([energy for energy, _ in left])
-        forces.append(np.concatenate([force.ravel()[mask] for (_, force), mask in zip(left, free, strict=True)]))
-    return np.array(energies), np.array(forces)
-
-
-def left_over(potential: Potential, label: Label) -> tuple[float, FloatArray]:
-    """Label minus potential: energy in eV and forces ``(n_atoms, 3)`` in eV/Å."""
-    energy, force = potential.evaluate(label.structure, label.structure.positions[None])
-    assert label.energy_ev is not None and label.forces is not None
-    return label.energy_ev - float(energy[0]), label.forces - force[0]
-
-
-def without_network(surrogate: MaceSurrogate, dataset: Dataset) -> Dataset:
-    """What MACE itself has to learn: the labels minus what still holds of the elastic network."""
-    learned = []
-    for label in dataset.labels:
-        energy, forces = _network_terms(surrogate, label.structure)
-        assert label.energy_ev is not None and label.forces is not None
-        weight = surrogate.network_weight
-        bare = replace(
-            label, energy_ev=label.energy_ev - weight * energy, forces=frozen_array(label.forces - weight * forces)
-        )
-        learned.append(bare)
-    return Dataset(labels=tuple(learned))
-
-
-def _network_rows(
-    surrogate: MaceSurrogate, labels: Sequence[Label], free: Sequence[Any]
-) -> tuple[FloatArray, FloatArray]:
-    """The network's energies ``(n_labels,)`` and free forces ``(n_rows,)`` at the labels."""
-    terms = [_network_terms(surrogate, label.structure) for label in labels]
-    forces = [force.ravel()[mask] for (_, force), mask in zip(terms, free, strict=True)]
-    return np.array([energy for energy, _ in terms]), np.concatenate(forces)
-
-
-def _network_terms(surrogate: MaceSurrogate, structure: Structure) -> tuple[float, FloatArray]:
-    network = surrogate.networks.get(network_key(structure))
-    if network is None:
-        return 0.0, np.zeros(structure.positions.shape)
-    positions = torch.tensor(structure.positions[None], requires_grad=True)
-    energy = network.energies(positions)
-    (gradient,) = torch.autograd.grad(energy.sum(), positions)
-    return float(energy[0].detach()), -_numpy(gradient[0])

@@ -10,15 +10,16 @@ import numpy as np
 
 from alcore.errors import ModelError, TrainingError
 from alcore.identity import keys_sha256
+from alcore.mace.fitting import DEFAULT, CorrectionName, make_surrogate, with_correction, without_network
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
 from alcore.mace.network import make_networks
-from alcore.mace.surrogate import Lead, MaceSurrogate, make_surrogate, with_correction, without_network
+from alcore.mace.surrogate import Lead, MaceSurrogate
 from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
 from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Structure
 
 RATTLE_ANG = 0.05
 """Spread of the environments on which descriptors are standardised: about a phonon's."""
-FIRST_TRAINING = 6
+FIRST_TRAINING = 20
 """Labels before which a fine-tune learns nothing the correction does not."""
 GROWTH = 1.3
 """The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
@@ -35,7 +36,7 @@ class ModelSpec:
             ``naive`` and ``scratch`` the committee; ``scratch`` starts each member from weights of its own;
             ``zero-shot`` never trains.
         committee: members.
-        correction: ``blr`` or ``none``.
+        correction: ``none``, ``blr`` (random features), ``gp`` (over the places of atoms) or both, ``blr+gp``.
         train: how a member is fine-tuned.
         seed: of weights, features and bootstrap.
         features_per_element: random features of the correction.
@@ -45,7 +46,7 @@ class ModelSpec:
 
     strategy: Literal["auto", "zero-shot", "naive", "scratch"] = "auto"
     committee: int = 3
-    correction: Literal["blr", "none"] = "blr"
+    correction: CorrectionName = DEFAULT
     train: TrainSpec = TrainSpec()
     seed: int = 0
     features_per_element: int = 256
@@ -90,8 +91,8 @@ class MaceTrainer:
             rattled,
             rng,
             per_element=self.spec.features_per_element,
-            correct=self.spec.correction == "blr",
-            networks=make_networks(ends) if self.untrained else {},
+            correction=self.spec.correction,
+            networks=make_networks(ends) if self.untrained else None,
         )
         notes = {
             "prior": self._prior_sha,
@@ -164,7 +165,7 @@ class MaceTrainer:
             surrogate = replace(surrogate, members=tuple(m.model for m in ordered), notes=notes)
         lead, why = self.choose_lead(bool(surrogate.members), residuals)
         surrogate = replace(surrogate, lead=lead, notes={**surrogate.notes, "why": why})
-        return with_correction(surrogate, dataset)
+        return with_correction(surrogate, dataset, self.spec.correction)
 
     def choose_lead(self, has_members: bool, residuals: Sequence[Residual]) -> tuple[Lead, str]:
         """The surface with the smaller mean |error| on the last labels, each predicted before it was trained on
@@ -206,7 +207,7 @@ class MaceTrainer:
         keep = ("strategy", "members", "trained_on", "train", "why")
         notes = {**start.notes, **{k: record.surrogate[k] for k in keep if k in record.surrogate}}
         lead: Lead = "committee" if record.surrogate.get("lead") == "committee" else "prior"
-        return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset)
+        return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset, self.spec.correction)
 
     def _skeleton(self) -> Any:
         fresh = self.untrained or self.spec.strategy == "scratch"

@@ -15,6 +15,7 @@ from ase.calculators.emt import EMT
 from ase.io import read
 
 from alcore.endpoints import make_pair
+from alcore.gaussian_process import Matern
 from alcore.identity import label_key
 from alcore.types import EndpointPair, FloatArray, Label, LabelRequest, Structure
 
@@ -140,6 +141,34 @@ def geometries() -> dict[str, tuple[Structure, FloatArray]]:
         shifts = 0.08 * rng.standard_normal((3, len(atoms), 3))
         found[name] = (structure, structure.positions + shifts)
     return found
+
+
+@pytest.fixture(scope="session")
+def dense_kernel() -> Callable[[FloatArray, FloatArray, Matern], FloatArray]:
+    """Covariance of energies, then forces, at some places ``(n, d)`` with those at others ``(m, d)``, all in one
+    matrix ``(n (1 + d), m (1 + d))``: the kernel by the book, its derivatives by autograd."""
+    import torch
+    from torch.func import grad, jacrev, vmap
+
+    def dense(here: FloatArray, there: FloatArray, kernel: Matern) -> FloatArray:
+        def value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            rho = (5 * ((x - y).square().sum() + 1e-14)).sqrt() / kernel.length_ang
+            return kernel.amplitude_ev**2 * (1 + rho + rho**2 / 3) * torch.exp(-rho)
+
+        def pairs(function: Callable[..., torch.Tensor]) -> FloatArray:
+            every = vmap(vmap(function, (None, 0)), (0, None))
+            return np.asarray(every(torch.tensor(here), torch.tensor(there)).numpy())
+
+        n, m, d = len(here), len(there), here.shape[1]
+        whole = np.zeros((n * (1 + d), m * (1 + d)))
+        whole[:n, :m] = pairs(value)
+        whole[:n, m:] = -pairs(grad(value, argnums=1)).reshape(n, m * d)
+        whole[n:, :m] = -pairs(grad(value, argnums=0)).transpose(0, 2, 1).reshape(n * d, m)
+        bend = pairs(jacrev(grad(value, argnums=0), argnums=1))
+        whole[n:, m:] = bend.transpose(0, 2, 1, 3).reshape(n * d, m * d)
+        return whole
+
+    return dense
 
 
 def enliven(model: Any, seed: int) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from alcore.mace.features import LENGTH_SCALE, element_index, invariant_columns, make_features
+from alcore.mace.features import LENGTH_SCALES, calm_basis, element_index, invariant_columns, make_features
 from alcore.mace.surrogate import MaceSurrogate
 from alcore.types import FloatArray, Structure
 
@@ -17,7 +17,7 @@ KERNEL = 0.1
 DOUBLE = torch.zeros(1, dtype=torch.float64)
 
 
-def test_products_of_features_approximate_a_gaussian_kernel() -> None:
+def test_products_of_features_approximate_a_mixture_of_gaussian_kernels() -> None:
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((200, 6)) * np.array([1.0, 2.0, 0.5, 3.0, 1.0, 1.0])
     features = make_features(sample, [29] * 200, rng, per_element=2000, like=DOUBLE)
@@ -25,7 +25,50 @@ def test_products_of_features_approximate_a_gaussian_kernel() -> None:
     psi = features.of_nodes(points, torch.zeros(20, dtype=torch.long)).numpy()
     scaled = sample[:20] / sample.std(axis=0)
     squared = ((scaled[:, None] - scaled[None]) ** 2).sum(axis=2)
-    np.testing.assert_allclose(psi @ psi.T, np.exp(-squared / (2 * 6 * LENGTH_SCALE**2)), atol=KERNEL)
+    lengths = np.geomspace(*LENGTH_SCALES, 101)[:, None, None]
+    mixture = np.exp(-squared / (2 * 6 * lengths**2)).mean(axis=0)
+    np.testing.assert_allclose(psi @ psi.T, mixture, atol=KERNEL)
+
+
+def test_frequencies_are_of_every_length_scale() -> None:
+    """Their mean square is that of the mixture, and no one scale gives it."""
+    rng = np.random.default_rng(1)
+    features = make_features(rng.standard_normal((500, 8)), [29] * 500, rng, per_element=4000, like=DOUBLE)
+    lengths = 1 / np.sqrt((features.omega[0].numpy() ** 2).sum(axis=0))
+    for quantile in (0.25, 0.5, 0.75):
+        wanted = LENGTH_SCALES[0] * (LENGTH_SCALES[1] / LENGTH_SCALES[0]) ** quantile
+        assert np.quantile(lengths, quantile) == pytest.approx(wanted, rel=0.15)
+
+
+def test_derivative_is_that_of_the_sum_over_atoms() -> None:
+    """By the chain rule through descriptors that are linear in two directions."""
+    rng = np.random.default_rng(2)
+    features = make_features(rng.standard_normal((60, 4)), [8] * 30 + [29] * 30, rng, per_element=7, like=DOUBLE)
+    blocks, step = torch.as_tensor([1, 0, -1, 1]), 1e-5
+    descriptors, jacobian = (
+        torch.as_tensor(rng.standard_normal((4, 4))),
+        torch.as_tensor(rng.standard_normal((2, 4, 4))),
+    )
+    found = features.derivative(descriptors, jacobian, blocks).numpy()
+    for direction in range(2):
+        ahead, behind = (
+            features.of_nodes(descriptors + sign * step * jacobian[direction], blocks).sum(dim=0).numpy()
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(found[direction], (ahead - behind) / (2 * step), atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_calm_weights_pay_for_the_forces_they_make(share: float) -> None:
+    """|w|² in the basis is (1 - share) |v|² and a share of the mean square force of v, the weight of φ itself."""
+    rng = np.random.default_rng(3)
+    jacobian = rng.standard_normal((30, 12)) * np.geomspace(0.01, 10, 12)
+    basis, v = calm_basis(jacobian, share), rng.standard_normal(12)
+    w = np.linalg.solve(basis, v)
+    force = ((jacobian @ v) ** 2).sum() / (jacobian**2).sum() * 12
+    assert w @ w == pytest.approx((1 - share) * (v @ v) + share * force, rel=1e-9)
+    calm, plain = ((jacobian @ b @ rng.standard_normal((12, 500))).std() for b in (basis, np.eye(12)))
+    assert calm < (0.7 if share else 1.1) * plain
 
 
 def test_each_element_has_a_block_of_its_own() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from alcore.mace.network import make_network, make_networks, network_key
+from alcore.mace.network import lattice_wraps, make_network, make_networks, network_key
 from alcore.types import EndpointPair, FloatArray, Structure
 
 FINITE_DIFFERENCE_TOLERANCE = 1e-6
@@ -71,3 +73,32 @@ def test_an_isolated_atom_has_no_spring() -> None:
 
 def test_hops_in_one_host_share_a_network(au_pair: EndpointPair) -> None:
     assert list(make_networks([au_pair.initial, au_pair.final])) == [network_key(au_pair.initial)]
+
+
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.sampled_from([0.5, 0.75]),
+)
+def test_wraps_are_whole_lattice_vectors_and_are_found(seed: int, pbc: list[bool], beyond: float) -> None:
+    """In a cell of any shape; along an open direction an atom is where it is."""
+    rng = np.random.default_rng(seed)
+    cell = 5 * np.eye(3) + rng.uniform(-1, 1, (3, 3))
+    home = 10 * rng.standard_normal((4, 3))
+    near = rng.uniform(-1, 1, (2, 4, 3)) * np.where(pbc, min(beyond, 1 - beyond) - 0.01, 5.0)
+    whole = np.where(pbc, rng.integers(-3, 4, (2, 4, 3)), 0)
+    found = lattice_wraps(home + (near + whole) @ cell, home, cell, np.array(pbc), beyond=beyond)
+    np.testing.assert_allclose(found, whole @ cell, atol=1e-9)
+
+
+def test_an_atom_within_reach_of_home_is_not_wrapped() -> None:
+    cell, pbc = 4 * np.eye(3), np.array([True] * 3)
+    places = np.array([[[1.96, -1.96, 2.04]], [[2.96, -2.96, 3.04]]])
+    np.testing.assert_array_equal(lattice_wraps(places, np.zeros((1, 3)), cell, pbc)[0], [[0, 0, 4]])
+    np.testing.assert_array_equal(lattice_wraps(places, np.zeros((1, 3)), cell, pbc, beyond=0.75)[1], [[0, 0, 4]])
+
+
+def test_a_cell_without_a_third_vector_can_be_unwrapped() -> None:
+    cell, pbc = np.diag([4.0, 4.0, 0.0]), np.array([True, True, False])
+    found = lattice_wraps(np.array([[[4.3, -8.1, 77.0]]]), np.zeros((1, 3)), cell, pbc)
+    np.testing.assert_allclose(found, [[[4.0, -8.0, 0.0]]])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from alcore.errors import TrainingError
+from alcore.mace.fitting import CorrectionName
 from alcore.mace.models import weights_sha256
 from alcore.mace.surrogate import MaceSurrogate
-from alcore.mace.trainer import FIRST_TRAINING, MaceTrainer, ModelSpec
+from alcore.mace.trainer import FIRST_TRAINING, GROWTH, MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
 from alcore.neb import NebSpec, interpolate
 from alcore.types import Dataset, EndpointPair, FloatArray, GenerationRecord, Label, Residual, Structure
@@ -23,12 +24,19 @@ LABELS = FIRST_TRAINING
 
 @pytest.fixture(scope="module")
 def samples(au_pair: EndpointPair) -> list[Structure]:
-    return [au_pair.initial.moved(p) for p in interpolate(au_pair, NebSpec(n_images=5))]
+    """A band, then rattled images of it: as many as a first fine-tuning takes."""
+    band, rng = interpolate(au_pair, NebSpec(n_images=5)), np.random.default_rng(0)
+    rattled = [p + np.where(au_pair.initial.fixed, 0.0, 0.05 * rng.standard_normal(p.shape)) for p in [*band, *band]]
+    return [au_pair.initial.moved(p) for p in [*band, *rattled]]
 
 
 @pytest.fixture(scope="module")
 def dataset(samples: list[Structure], label_of: Callable[..., Label]) -> Dataset:
     return Dataset(labels=tuple(label_of(s) for s in samples[:LABELS]))
+
+
+def test_there_are_as_many_labels_as_a_first_fine_tuning_takes(dataset: Dataset) -> None:
+    assert len(dataset) == FIRST_TRAINING
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +87,8 @@ def _residual(prior_error: float, committee_error: float) -> Residual:
 
 
 def _same(a: tuple[FloatArray, FloatArray], b: tuple[FloatArray, FloatArray], atol: float) -> None:
-    np.testing.assert_allclose(a[0], b[0], atol=atol)
-    np.testing.assert_allclose(a[1], b[1], atol=atol)
+    np.testing.assert_allclose(a[0], b[0], rtol=0, atol=atol)
+    np.testing.assert_allclose(a[1], b[1], rtol=0, atol=atol)
 
 
 def test_the_start_is_the_prior_alone(trainer: MaceTrainer, samples: list[Structure], untrained_model: Any) -> None:
@@ -100,7 +108,7 @@ def test_fixed_atoms_are_not_rattled(
     seen: list[Structure] = []
     real = MaceSurrogate.descriptors
     monkeypatch.setattr(MaceSurrogate, "descriptors", lambda self, s, p: (seen.append(s), real(self, s, p))[1])
-    _trainer(untrained_model, None).start(samples[:1])
+    _trainer(untrained_model, None, correction="blr").start(samples[:1])
     moved = seen[0].positions - samples[0].positions
     assert not moved[samples[0].fixed].any()
     assert moved[~samples[0].fixed].std() == pytest.approx(0.05, rel=0.4)
@@ -113,8 +121,9 @@ def test_members_learn_seldom(
     few = Dataset(labels=dataset.labels[: FIRST_TRAINING - 1])
     assert trainer.due(start, few) == []
     assert trainer.due(trained, dataset) == []
-    grown = Dataset(labels=dataset.labels + dataset.labels[:2])
-    assert trainer.due(trained, grown) == ["member-0", "member-1"]
+    enough = int(np.ceil(GROWTH * LABELS)) - LABELS
+    for more, due in ((enough - 1, []), (enough, ["member-0", "member-1"])):
+        assert trainer.due(trained, Dataset(labels=dataset.labels + dataset.labels[:more])) == due
 
 
 def test_zero_shot_never_learns(untrained_model: Any, samples: list[Structure], dataset: Dataset) -> None:
@@ -176,14 +185,44 @@ def test_a_surrogate_comes_back_as_it_was(
     record = GenerationRecord(run="r", index=3, paths=(), surrogate=trained.describe())
     other = _trainer(untrained_model, store)
     back = other.restore(other.start(samples), record, dataset, [])
-    positions = np.array([s.positions for s in samples])
-    _same(back.evaluate(samples[0], positions), trained.evaluate(samples[0], positions), 1e-6)
-    a, b = back.predict(samples[0], positions), trained.predict(samples[0], positions)
-    np.testing.assert_allclose(a.members_ev, b.members_ev, atol=1e-6)
-    np.testing.assert_allclose(a.covariance_ev2, b.covariance_ev2, atol=1e-9)
-    kept = ("members", "lead", "trained_on", "train", "why", "prior")
-    assert {k: back.describe()[k] for k in kept} == {k: trained.describe()[k] for k in kept}
+    _identical(back, trained, samples)
     assert other.due(back, dataset) == []
+
+
+@pytest.mark.parametrize("correction", ["blr", "gp", "blr+gp", "none"])
+@pytest.mark.parametrize("untrained", [True, False])
+def test_every_correction_comes_back_bit_for_bit(
+    correction: CorrectionName,
+    untrained: bool,
+    untrained_model: Any,
+    lively_model: Any,
+    samples: list[Structure],
+    dataset: Dataset,
+) -> None:
+    """Learned label by label, restored at once: over an untrained prior with its network, and over a trained one."""
+    model, ends = (untrained_model if untrained else lively_model), [samples[0], samples[6]]
+    first, second = (_trainer(model, None, untrained=untrained, correction=correction) for _ in range(2))
+    learned = first.start(samples, ends)
+    for n in (2, 3, 5):
+        known = Dataset(labels=dataset.labels[:n])
+        learned = first.finish(learned, {}, known, ())
+    record = GenerationRecord(run="r", index=3, paths=(), surrogate=learned.describe())
+    _identical(second.restore(second.start(samples, ends), record, known, []), learned, samples)
+    assert bool(learned.networks) == untrained
+    assert learned.scaled == (correction != "none" and not untrained)
+    assert (learned.features is not None) == ("blr" in correction)
+    assert bool(learned.known) == ("gp" in correction)
+    scales = {"network_scale", "prior_scale"} & set(learned.describe())
+    assert scales == ({"network_scale" if untrained else "prior_scale"} if correction != "none" else set())
+
+
+def _identical(one: MaceSurrogate, other: MaceSurrogate, samples: list[Structure]) -> None:
+    positions = np.array([s.positions for s in samples[:7]])
+    _same(one.evaluate(samples[0], positions), other.evaluate(samples[0], positions), 0.0)
+    a, b = one.predict(samples[0], positions), other.predict(samples[0], positions)
+    np.testing.assert_array_equal(a.members_ev, b.members_ev)
+    np.testing.assert_array_equal(a.covariance_ev2, b.covariance_ev2)
+    assert one.describe() == other.describe()
 
 
 def test_members_cannot_come_back_without_a_store(

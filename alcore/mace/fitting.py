@@ -1,0 +1,169 @@
+"""Fits a surrogate's correction to labels: rows of the regression, residuals of every model, priors of the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from alcore.barrier import label_fmax
+from alcore.correction import HyperPriors, LogNormal, Observations, fit_correction
+from alcore.dataset import composition_groups
+from alcore.mace.features import calm_basis, make_features
+from alcore.mace.network import ElasticNetwork, lattice_wraps, network_key
+from alcore.mace.surrogate import Known, MaceSurrogate, atoms_key, free_coordinates
+from alcore.protocols import Potential
+from alcore.types import Dataset, FloatArray, Label, Structure, frozen_array
+
+CorrectionName = Literal["none", "blr", "gp", "blr+gp"]
+DEFAULT: CorrectionName = "blr+gp"
+
+LOOSE_FORCE_EV_PER_ANG = 1.0
+"""A label whose largest reference force is this is fitted with twice the noise of one at rest."""
+PRIOR_SCALE_STD, NETWORK_SCALE_STD = 0.1, 0.5
+"""How far the scale of the prior's surface, and of the elastic network's, may well be from 1. A prior that pulls at end
+states which rest would lose all of its surface with 0.3: nothing pulls anywhere where nothing is left."""
+CALM_TRAINED, CALM_UNTRAINED = 0.9, 0.5
+"""Share of the forces in the size of the random features' weights (``features.calm_basis``), over a trained prior and
+an untrained one: with one label on a path the largest force error near the saddle was 0.9 and 1.7 times the prior's own
+(2.0 and 3.4 with a share of 0); a larger share over an untrained prior learns less from the second label."""
+N_CALM = 3
+"""Geometries over which those forces are taken."""
+AT_REST_EV_PER_ANG = 0.1
+"""Labels whose forces are below this are of end states: they say nothing of how far off a model may be elsewhere."""
+PRECISION = LogNormal(median=30.0, spread=0.3)
+"""Of the random features' weights, eV⁻². Looser ones explain one label by forces of several eV/Å beside it, stiffer
+ones leave too much to g, which cannot tell one environment from another."""
+KERNEL_AMPLITUDE = LogNormal(median=0.5, spread=0.5)
+"""Of g in eV, beside the random features or alone."""
+KERNEL_LENGTH = LogNormal(median=1.5, spread=0.3)
+"""Of g in Å."""
+
+
+def make_surrogate(
+    prior: Any,
+    samples: Sequence[Structure],
+    rng: np.random.Generator,
+    *,
+    per_element: int = 256,
+    correction: CorrectionName = DEFAULT,
+    networks: Mapping[bytes, ElasticNetwork] | None = None,
+) -> MaceSurrogate:
+    """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands). Over a prior that
+    has been trained (``networks`` is None) the labels may change the scale of its surface."""
+    scaled = correction != "none" and networks is None
+    bare = MaceSurrogate(prior=prior, networks=networks or {}, scaled=scaled)
+    if "blr" not in correction:
+        return bare
+    descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
+    numbers = np.concatenate([s.numbers for s in samples])
+    features = make_features(descriptors, numbers, rng, per_element=per_element, like=bare.like)
+    rough = replace(bare, features=features, networks={}, scaled=False)
+    chosen = [samples[k] for k in np.unique(np.linspace(0, len(samples) - 1, N_CALM).round().astype(int))]
+    forces = [rough.feature_rows(sample)[1][~sample.fixed.ravel()] for sample in chosen]
+    basis = calm_basis(np.concatenate(forces), CALM_UNTRAINED if networks is not None else CALM_TRAINED)
+    return replace(bare, features=replace(features, basis=bare.like.new_tensor(basis)))
+
+
+def hyper_priors(correction: CorrectionName) -> HyperPriors:
+    """What is known of the correction before any label."""
+    if "gp" not in correction:
+        return HyperPriors(precision=PRECISION)
+    return HyperPriors(precision=PRECISION, amplitude_ev=KERNEL_AMPLITUDE, length_ang=KERNEL_LENGTH)
+
+
+def with_correction(surrogate: MaceSurrogate, dataset: Dataset, correction: CorrectionName = DEFAULT) -> MaceSurrogate:
+    """The same models with the correction fitted to ``dataset``; sigmas rest on the frozen prior's residuals alone."""
+    if correction == "none" or not len(dataset):
+        return replace(surrogate, correction=None, known={})
+    rows = dict(surrogate.rows)
+    for label in dataset.labels:
+        if label.key not in rows:
+            rows[label.key] = surrogate.feature_rows(label.structure)
+    energies, forces = model_residuals(surrogate, dataset.labels)
+    by_atoms: dict[bytes, list[int]] = {}
+    for place, label in enumerate(dataset.labels):
+        by_atoms.setdefault(atoms_key(label.structure), []).append(place)
+    homes = {key: _home([dataset.labels[place].structure for place in places]) for key, places in by_atoms.items()}
+    free = [~label.structure.fixed.ravel() for label in dataset.labels]
+    n_random = len(next(iter(rows.values()))[0]) - surrogate.n_scales
+    scales = [PRIOR_SCALE_STD] * surrogate.scaled + [NETWORK_SCALE_STD] * bool(surrogate.networks)
+    fitted = fit_correction(
+        [_observations(dataset.labels, places, rows, homes[key]) for key, places in by_atoms.items()],
+        energies,
+        [np.stack([forces[p][:, free[p]] for p in places], axis=1) for places in by_atoms.values()],
+        precisions=np.concatenate([np.full(n_random, np.nan), np.array(scales) ** -2.0]),
+        priors=hyper_priors(correction),
+        informed=any((label_fmax(label) or 0.0) > AT_REST_EV_PER_ANG for label in dataset.labels),
+    )
+    known = {key: Known(local=local, home_ang=homes[key]) for key, local in zip(by_atoms, fitted.local, strict=False)}
+    return replace(surrogate, correction=fitted, rows=rows, known=known)
+
+
+def _home(structures: Sequence[Structure]) -> FloatArray:
+    """Middle of the places of each atom in Å, ``(n_atoms, 3)``: one that hops half a cell must not flip."""
+    first, positions = structures[0], np.stack([structure.positions for structure in structures])
+    # an atom a little beyond half a cell has hopped; one that was wrapped lies further
+    positions = positions - lattice_wraps(positions, first.positions, first.cell, first.pbc, beyond=0.75)
+    return np.asarray((positions.min(axis=0) + positions.max(axis=0)) / 2)
+
+
+def _observations(
+    labels: Sequence[Label],
+    places: Sequence[int],
+    rows: Mapping[str, tuple[FloatArray, FloatArray]],
+    home_ang: FloatArray,
+) -> Observations:
+    mine = [labels[place] for place in places]
+    template = mine[0].structure
+    free = ~template.fixed.ravel()
+    return Observations(
+        place=np.array(places),
+        coordinates=free_coordinates(template, np.stack([label.structure.positions for label in mine]), home_ang),
+        energy=np.stack([rows[label.key][0] for label in mine]),
+        forces=np.stack([rows[label.key][1][free] for label in mine]),
+        groups=composition_groups(labels)[list(places)],
+        looseness=np.array([1.0 + (label_fmax(label) or 0.0) / LOOSE_FORCE_EV_PER_ANG for label in mine]),
+    )
+
+
+def model_residuals(surrogate: MaceSurrogate, labels: Sequence[Label]) -> tuple[FloatArray, list[FloatArray]]:
+    """Label minus each bare model (the prior, then the members) with the network under it: energies
+    ``(n_models, n_labels)`` in eV, forces ``(n_models, 3 n_atoms)`` of each label in eV/Å."""
+    models = [
+        replace(surrogate, prior=model, members=(), lead="prior", correction=None, known={})
+        for model in (surrogate.prior, *surrogate.members)
+    ]
+    left = [[left_over(model, label) for model in models] for label in labels]
+    energies = np.array([[energy for energy, _ in row] for row in left]).T
+    return energies, [np.stack([force.ravel() for _, force in row]) for row in left]
+
+
+def left_over(potential: Potential, label: Label) -> tuple[float, FloatArray]:
+    """Label minus potential: energy in eV and forces ``(n_atoms, 3)`` in eV/Å."""
+    energy, force = potential.evaluate(label.structure, label.structure.positions[None])
+    assert label.energy_ev is not None and label.forces is not None
+    return label.energy_ev - float(energy[0]), label.forces - force[0]
+
+
+def without_network(surrogate: MaceSurrogate, dataset: Dataset) -> Dataset:
+    """What MACE itself has to learn: the labels minus the elastic network."""
+    learned = []
+    for label in dataset.labels:
+        energy, forces = _network_terms(surrogate, label.structure)
+        assert label.energy_ev is not None and label.forces is not None
+        learned.append(replace(label, energy_ev=label.energy_ev - energy, forces=frozen_array(label.forces - forces)))
+    return Dataset(labels=tuple(learned))
+
+
+def _network_terms(surrogate: MaceSurrogate, structure: Structure) -> tuple[float, FloatArray]:
+    network = surrogate.networks.get(network_key(structure))
+    if network is None:
+        return 0.0, np.zeros(structure.positions.shape)
+    positions = torch.tensor(structure.positions[None], requires_grad=True)
+    energy = network.energies(positions)
+    (gradient,) = torch.autograd.grad(energy.sum(), positions)
+    return float(energy[0].detach()), -np.asarray(gradient[0].numpy())
