@@ -6,6 +6,7 @@ decides, and only then learns. What it needs from outside comes in a ``Workshop`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from alcore.identity import label_key
 from alcore.neb import interpolate
 from alcore.plain import from_plain
 from alcore.probe import Probe, ProbeSpec, probe_path
+from alcore.selection import whose_turn
 from alcore.spin import path_jumps
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
 from alcore.steps import Steps
@@ -130,7 +132,12 @@ def reopened(state: LoopState, spec: LoopSpec) -> LoopState:
 
 def _can_go_on(state: LoopState, spec: LoopSpec) -> bool:
     last = state.records[-1]
-    return budget(last.n_reference_calls, last.index, spec.stop) is None
+    return budget(last.n_reference_calls, last.index // _turns(state, spec), spec.stop) is None
+
+
+def _turns(state: LoopState, spec: LoopSpec) -> int:
+    """Generations until every hop has had its turn once."""
+    return math.ceil(len(state.pairs) / spec.select.hops_per_generation)
 
 
 def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopState:
@@ -167,7 +174,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         answered = [(r.candidate.kind, labels[r.key]) for r in requests]
         calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)
         n_calls = total_calls(calls)
-        decision = overall(paths, budget(n_calls, index, spec.stop))
+        decision = overall(paths, budget(n_calls, index // _turns(state, spec), spec.stop))
         with _timed(seconds, "train"):
             state = _learn(state, paths, Steps(shop, spec.run, index)) if not decision.stop else state
         record = GenerationRecord(
@@ -223,11 +230,17 @@ def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Prob
 def _requests(
     probes: Mapping[str, Probe], state: LoopState, spec: LoopSpec, shop: Workshop, index: int
 ) -> list[LabelRequest]:
-    """All candidates as requests, the same geometry once, cut to what the budget allows."""
+    """Candidates of the end states, and of the hops whose turn it is, as requests: the same geometry once, cut to what
+    the budget allows."""
     left = spec.stop.max_labels - (state.records[-1].n_reference_calls if state.records else 0)
+    waiting = {name: probe.barrier.sigma_ev for name, probe in probes.items() if probe.barrier and probe.candidates}
+    turn = whose_turn(waiting, spec.select)
+    if len(turn) < len(waiting):
+        least = ", ".join(f"{name} (± {1e3 * waiting[name]:.0f} meV)" for name in turn)
+        shop.log(f"labels {least}, the least certain of {len(waiting)} hops")
     requests: dict[str, LabelRequest] = {}
-    for probe in probes.values():
-        for candidate in probe.candidates:
+    for name, probe in probes.items():
+        for candidate in probe.candidates if name in turn or name not in waiting else ():
             key = label_key(candidate.structure, shop.labeler.fingerprint)
             requests.setdefault(key, LabelRequest(key=key, candidate=candidate, generation=index))
     return list(requests.values())[: max(left, 0)]

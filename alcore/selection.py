@@ -6,7 +6,7 @@ about the height of the highest image, whichever that is; ``random``, to compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,7 @@ class SelectSpec:
 
     strategy: Strategy = "saddle+uncertainty"
     labels_per_generation: int = 1
+    hops_per_generation: int = 1
     well_tolerance_ev: float = 0.01
     seed: int = 0
 
@@ -98,6 +99,18 @@ def select(
             best = max(open_images, key=lambda k: float(scores[k]))
         take(best, "saddle" if best == top and has_saddle else "uncertain")
     return picked
+
+
+def whose_turn(sigmas_ev: Mapping[str, float], spec: SelectSpec) -> list[str]:
+    """The hops that ask for labels in this generation: the least certain first.
+
+    Its label teaches the others most, and a hop that is certain by the time it asks is confirmed by one label.
+
+    Args:
+        sigmas_ev: calibrated sigma of each open hop's barrier.
+        spec: how many may ask.
+    """
+    return sorted(sigmas_ev, key=lambda name: -sigmas_ev[name])[: spec.hops_per_generation]
 
 
 def barrier_gain(band: Band, covariance_ev2: FloatArray, spread_ev2: FloatArray) -> FloatArray:

@@ -171,7 +171,13 @@ def _reversed(band: Band) -> Band:
 
 
 def budget(n_calls: int, generation: int, spec: StopSpec) -> Decision | None:
-    """The other end: labels or generations spent."""
+    """The other end: labels or generations spent.
+
+    Args:
+        n_calls: of the reference.
+        generation: after that of the end states; where hops take turns, rounds of all of them.
+        spec: the limits.
+    """
     if n_calls >= spec.max_labels:
         return Decision(
             stop=True, code="label_budget", reason=f"{n_calls} reference calls spent (limit {spec.max_labels})"

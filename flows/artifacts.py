@@ -69,7 +69,8 @@ def progress(run: RunRecord, last: GenerationRecord) -> float:
     if last.decision.stop or run.status != "running":
         return 100.0
     stop = run.settings.get("stop", {})
-    used = [last.index / stop["max_generations"] if stop.get("max_generations") else 0.0]
+    turns = math.ceil(len(last.paths) / run.settings.get("select", {}).get("hops_per_generation", len(last.paths) or 1))
+    used = [last.index / (turns * stop["max_generations"]) if stop.get("max_generations") else 0.0]
     used.append(last.n_reference_calls / stop["max_labels"] if stop.get("max_labels") else 0.0)
     return round(100 * min(max(used), 0.99), 1)
 

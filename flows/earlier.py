@@ -114,8 +114,10 @@ def _question(values: Mapping[str, Any]) -> dict[str, Any]:
     ]
     asked = {key: value for key, value in unvouched(values).items() if key not in MAY_CHANGE}
     model = asked.get("model", {})
+    # The correction is fitted anew from the labels each time.
+    asked["model"] = {key: value for key, value in model.items() if key != "correction"}
     if str(model.get("foundation")).endswith(".model"):
-        asked["model"] = {**model, "foundation": "a file"}
+        asked["model"]["foundation"] = "a file"
     return asked | {"paths": paths, "data": []}
 
 

@@ -256,6 +256,9 @@ class TrainingOptions(Section):
     energy_weight_per_ev2: float = Field(default=20.0, ge=0, description="1/eV²; on the squared relative total energy")
     force_weight: float = Field(default=1.0, ge=0, description="Å²/eV²; on the mean squared force component")
     clip_norm: float = Field(default=10.0, gt=0, description="largest norm of the gradient")
+    first_labels: int | None = Field(
+        default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
+    )
 
 
 class ModelSettings(Section):
@@ -322,7 +325,14 @@ class SelectSettings(Section):
         description="the saddle, then the most uncertain images; or the most uncertain ones alone; or what tells most "
         "about the barrier; or any image, to compare with",
     )
-    labels_per_generation: int = Field(default=1, ge=1, le=100, description="labels a path asks for in one generation")
+    labels_per_generation: int = Field(default=1, ge=1, le=100, description="labels a hop asks for in one generation")
+    hops_per_generation: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="hops that ask in one generation, the least certain first; more save time where many labels can "
+        "run at once, fewer save labels",
+    )
 
 
 class StopSettings(Section):
@@ -335,7 +345,7 @@ class StopSettings(Section):
         default=0.05, gt=0, description="eV/Å; largest reference force left on the saddle and the end states"
     )
     max_generations: int = Field(
-        default=15, ge=1, description="generations after the labelling of the end states, at most"
+        default=15, ge=1, description="generations after the labelling of the end states, at most, for each hop"
     )
     max_labels: int = Field(default=60, ge=1, description="reference calculations at most, failed ones included")
 

@@ -204,7 +204,10 @@ class MaceSurrogate:
         positions = graph["positions"].reshape(n_images, len(template), 3)
         wraps = lattice_wraps(_numpy(positions), known.home_ang, template.cell, template.pbc)
         free = torch.as_tensor(np.flatnonzero(~template.fixed.ravel()), device=self.like.device)
-        places = (positions - self.like.new_tensor(wraps)).reshape(n_images, -1)[:, free]
+        unwrapped = positions - self.like.new_tensor(wraps)
+        if not template.fixed.any():  # as in free_coordinates
+            unwrapped = unwrapped - unwrapped.mean(dim=1, keepdim=True)
+        places = unwrapped.reshape(n_images, -1)[:, free]
         gaps = places[:, None] - self.like.new_tensor(local.covariance.places)[None]
         rho = 5.0**0.5 / kernel.length_ang * torch.sqrt(gaps.square().sum(dim=2) + 1e-18)  # the root's slope at 0
         decay = kernel.amplitude_ev**2 * torch.exp(-rho)
@@ -277,8 +280,11 @@ def atoms_key(structure: Structure) -> bytes:
 
 
 def free_coordinates(template: Structure, positions: FloatArray, home_ang: FloatArray) -> FloatArray:
-    """Those that may move, unwrapped around ``home_ang``, Å, ``(n_images, n_coordinates)``."""
+    """Those that may move, unwrapped around ``home_ang``, Å, ``(n_images, n_coordinates)``; where nothing is held, as
+    seen from the mean of all atoms."""
     unwrapped = positions - lattice_wraps(positions, home_ang, template.cell, template.pbc)
+    if not template.fixed.any():
+        unwrapped = unwrapped - unwrapped.mean(axis=1, keepdims=True)
     return np.asarray(unwrapped.reshape(len(positions), -1)[:, ~template.fixed.ravel()])
 
 

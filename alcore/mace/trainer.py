@@ -19,8 +19,9 @@ from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Struct
 
 RATTLE_ANG = 0.05
 """Spread of the environments on which descriptors are standardised: about a phonon's."""
-FIRST_TRAINING = 20
-"""Labels before which a fine-tune learns nothing the correction does not."""
+FIRST_TRAINING, FIRST_TRAINING_ASKED = 20, 6
+"""Labels before which a fine-tune learns nothing the correction does not: where the better surface leads, and where the
+committee was asked to."""
 GROWTH = 1.3
 """The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
 RECENT = 3
@@ -108,7 +109,10 @@ class MaceTrainer:
         if self.spec.strategy == "zero-shot":
             return []
         last = int(surrogate.notes.get("trained_on", 0))
-        first = 2 if self.spec.correction == "none" else FIRST_TRAINING
+        first = self.spec.train.first_labels
+        if first is None:
+            first = FIRST_TRAINING if self.spec.strategy == "auto" else FIRST_TRAINING_ASKED
+            first = 2 if self.spec.correction == "none" else first
         if len(dataset) < max(first, int(np.ceil(GROWTH * last))):
             return []
         return [f"member-{k}" for k in range(self.spec.committee)]

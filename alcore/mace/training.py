@@ -29,6 +29,7 @@ class TrainSpec:
         energy_weight_per_ev2: on the squared total energy relative to its composition's mean.
         force_weight: on the mean squared force component, Å²/eV².
         clip_norm: of the gradient.
+        first_labels: how many there must be before anything is trained; None leaves it to the strategy.
     """
 
     epochs: int = 150
@@ -37,6 +38,7 @@ class TrainSpec:
     energy_weight_per_ev2: float = 20.0
     force_weight: float = 1.0
     clip_norm: float = 10.0
+    first_labels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ AFTER = {
     "shutdown": ("finished",),
 }
 """What has to have grown for a phase to have begun."""
-FIRST_TRAINING = 6
+FIRST_TRAINING = 4
 """Labels from which on the committee may be trained."""
 
 

@@ -121,6 +121,13 @@ def test_interrupted_between_generations_it_ends_as_if_it_had_not_been(
     assert outcome.generations[-1].n_labels_reused == 0, "what the run itself has computed is not reused"
 
 
+def test_another_correction_may_take_over(finished: RunOutcome, hop: Any, home: Path) -> None:
+    """It is fitted anew from the labels each time, so nothing of the run is lost or mixed."""
+    outcome = run(hop.run_file("finished", model={"correction": "blr", "committee": 1}))
+    assert outcome.run.status == "converged"
+    assert outcome.run.sittings[-1].changed == {"model.correction": ["blr+gp", "blr"]}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -128,8 +135,8 @@ def test_interrupted_between_generations_it_ends_as_if_it_had_not_been(
         ({"seed": 1}, "seed was 0, is now 1"),
         ({"tag": "other"}, "calculator.settings.tag was finished, is now other"),
         (
-            {"model": {"correction": "none", "committee": 2}},
-            "model.committee was 1, is now 2; model.correction was blr, is now none",
+            {"model": {"strategy": "naive", "committee": 2}},
+            "model.strategy was zero-shot, is now naive; model.committee was 1, is now 2",
         ),
         (
             {"calculator": {"settings": {"tag": "finished", "xc": "LDA"}}},

@@ -40,7 +40,7 @@ model:
   foundation: null
   strategy: auto
   committee: 3
-  correction: blr
+  correction: blr+gp
   options: {}
   device: auto
 neb: {n_images: 7, climb: true, fmax_ev_per_ang: 0.03, spring_ev_per_ang2: 0.1, interpolation: idpp}

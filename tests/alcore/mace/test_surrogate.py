@@ -78,14 +78,14 @@ def gp_committee(
 
 @pytest.fixture(scope="module")
 def corrected(bare: MaceSurrogate, labels: tuple[Label, ...]) -> MaceSurrogate:
-    return with_correction(bare, Dataset(labels=labels))
+    return with_correction(bare, Dataset(labels=labels), "blr")
 
 
 @pytest.fixture(scope="module")
 def committee(bare: MaceSurrogate, labels: tuple[Label, ...], lively_model: Any, other_model: Any) -> MaceSurrogate:
     """Two members that disagree and lead; each has a correction of its own."""
     members = tuple(_cut(model, bare.prior) for model in (lively_model, other_model))
-    return with_correction(replace(bare, members=members, lead="committee"), Dataset(labels=labels))
+    return with_correction(replace(bare, members=members, lead="committee"), Dataset(labels=labels), "blr")
 
 
 def _cut(model: Any, like: Any) -> Any:
@@ -166,7 +166,7 @@ def test_sigma_is_noise_at_labels_and_shrinks_with_them(
     bare: MaceSurrogate, au_pair: EndpointPair, labels: tuple[Label, ...], band: FloatArray
 ) -> None:
     """Shrinks at fixed hyperparameters; the evidence may widen them again."""
-    few, many = (with_correction(bare, Dataset(labels=chosen)) for chosen in ((labels[0], labels[3]), labels))
+    few, many = (with_correction(bare, Dataset(labels=chosen), "blr") for chosen in ((labels[0], labels[3]), labels))
     sigma_many = relative_sigmas(many.predict(au_pair.initial, band))[1]
     sigma_few = relative_sigmas(few.predict(au_pair.initial, band))[1]
     assert sigma_many[[0, 2, 3, 6]].max() < LABEL_NOISE_EV
@@ -182,7 +182,7 @@ def test_absolute_energies_do_not_matter(
     """Codes and pseudopotentials differ by thousands of eV an atom."""
     high = tuple(replace(label, energy_ev=(label.energy_ev or 0.0) + 1000.0) for label in labels)
     low_prediction, high_prediction = (
-        with_correction(bare, Dataset(labels=chosen)).predict(au_pair.initial, band) for chosen in (labels, high)
+        with_correction(bare, Dataset(labels=chosen), "blr").predict(au_pair.initial, band) for chosen in (labels, high)
     )
     np.testing.assert_allclose(
         high_prediction.energies_ev - high_prediction.energies_ev[0],
@@ -213,7 +213,7 @@ def test_members_that_differ_have_spread_away_from_the_labels(
 def test_sigmas_rest_on_the_prior_not_on_members(
     bare: MaceSurrogate, committee: MaceSurrogate, labels: tuple[Label, ...], au_pair: EndpointPair, band: FloatArray
 ) -> None:
-    alone = with_correction(bare, Dataset(labels=labels))
+    alone = with_correction(bare, Dataset(labels=labels), "blr")
     np.testing.assert_allclose(
         committee.predict(au_pair.initial, band).covariance_ev2,
         alone.predict(au_pair.initial, band).covariance_ev2,
@@ -277,6 +277,22 @@ def test_g_is_the_crossed_covariance_times_its_pull(
 def _of_all(surrogate: MaceSurrogate, template: Structure, positions: FloatArray) -> FloatArray:
     prediction = surrogate.predict(template, positions)
     return np.concatenate([prediction.by_lead_ev["prior"][None], prediction.members_ev])
+
+
+def test_g_does_not_pull_at_atoms_that_are_all_free_together(
+    au_pair: EndpointPair, untrained_model: Any, labels: tuple[Label, ...], band: FloatArray
+) -> None:
+    """A crystal without a fixed atom must not drift: energies do not change when all of it moves, so forces add up to
+    nothing."""
+    freed = [replace(s, fixed=np.zeros_like(s.fixed)) for s in (au_pair.initial, *(lab.structure for lab in labels))]
+    moved = [s.moved(s.positions + 0.1 * k) for k, s in enumerate(freed[1:])]
+    known = tuple(replace(label, structure=place) for label, place in zip(labels, moved, strict=True))
+    start = make_surrogate(untrained_model, [freed[0]], np.random.default_rng(0), correction="gp", networks={})
+    surrogate = with_correction(start, Dataset(labels=known), "gp")
+    energies, forces = surrogate.evaluate(freed[0], np.concatenate([band, band + 0.3]))
+    np.testing.assert_allclose(energies[: len(band)], energies[len(band) :], atol=1e-9)
+    assert np.abs(forces).max() > 0.1
+    np.testing.assert_allclose(forces.sum(axis=1), 0.0, atol=1e-9)
 
 
 @pytest.mark.parametrize("which", CORRECTED)
