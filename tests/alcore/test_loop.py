@@ -366,6 +366,9 @@ def test_two_hops_share_one_model_and_their_common_end_state(
         assert barrier_of(state, name) == pytest.approx(AU_BARRIER_EV, abs=BARRIER_EV)
     assert [p.path for p in state.records[-1].paths] == ["hop", "across"]
     assert state.records[0].n_reference_calls == 1, "all three end states are images of one"
+    asked = [[p.path for p in record.paths if p.label_keys] for record in state.records[1:]]
+    assert all(len(names) == 1 for names in asked), "one hop at a time"
+    assert {name for names in asked for name in names} == {"hop", "across"}
     assert_counted_honestly(state, place)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alcore.identity import label_key
-from alcore.selection import SelectSpec, barrier_gain, select
+from alcore.selection import SelectSpec, barrier_gain, select, whose_turn
 from alcore.types import Band, Candidate, CommitteePrediction, FloatArray, Structure
 
 N = 9
@@ -203,3 +203,8 @@ def test_random_images_depend_on_the_seed_and_on_how_much_was_asked() -> None:
     assert image(0, 2) == image(0, 2)
     assert len({image(seed, 2) for seed in range(20)}) > 3
     assert len({image(0, n) for n in range(20)}) > 3
+
+
+@pytest.mark.parametrize(("hops", "turn"), [(1, ["b"]), (2, ["b", "c"]), (9, ["b", "c", "a"])])
+def test_the_least_certain_hops_ask_first(hops: int, turn: list[str]) -> None:
+    assert whose_turn({"a": 0.01, "b": 0.3, "c": 0.2}, SelectSpec(hops_per_generation=hops)) == turn
