@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from ase.geometry import find_mic
 from scipy.interpolate import CubicHermiteSpline
+from scipy.signal import find_peaks
 
 from alcore.types import Band, BarrierEstimate, Candidate, Extremum, FloatArray, Label, Residual
 
@@ -34,11 +35,15 @@ def path_spline(band: Band) -> CubicHermiteSpline:
     return CubicHermiteSpline(band.coordinate_ang, band.energies_ev, tangential_slopes(band))
 
 
+def turning_points(spline: CubicHermiteSpline) -> FloatArray:
+    """Path coordinates in Å where it is level, in order."""
+    roots = spline.derivative().roots(extrapolate=False)
+    return np.unique(roots[np.isfinite(roots)])
+
+
 def find_extrema(band: Band) -> tuple[Extremum, ...]:
     """Every minimum and maximum of the spline between the end states, in order, without pairs shallower than 1 meV."""
     spline = path_spline(band)
-    roots = spline.derivative().roots(extrapolate=False)
-    roots = np.unique(roots[np.isfinite(roots)])
     length = band.coordinate_ang[-1]
     curvature = spline.derivative(2)
     found = [
@@ -48,7 +53,7 @@ def find_extrema(band: Band) -> tuple[Extremum, ...]:
             energy_ev=float(spline(s)),
             image=int(np.abs(band.coordinate_ang - s).argmin()),
         )
-        for s in roots
+        for s in turning_points(spline)
         if 0.01 * length < s < 0.99 * length
     ]
     while len(found) > 1:
@@ -89,18 +94,19 @@ def doubtful_well(band: Band, tolerance_ev: float) -> int | None:
 
 
 def doubtful_rival(band: Band, tolerance_ev: float) -> int | None:
-    """The saddle of another segment that may be the highest of all, within its uncertainty; None if none may.
+    """The top of another hump that may be the highest of all, within its uncertainty; None if none may.
 
-    A saddle known to the tolerance is no rival: whichever of the two is higher, the barrier is the same within it.
+    Whether the band is divided between the two plays no part: a dip too shallow for that parts two humps all the same,
+    if it is no wiggle. A top known to the tolerance is no rival: whichever of the two is higher, the barrier is the
+    same within it.
     """
     energies, sigma = band.energies_ev, band.sigma_ev
-    marks = [0, *band.minima, len(energies) - 1]
-    tops = [int(energies[a + 1 : b].argmax()) + a + 1 for a, b in pairwise(marks)]
-    highest = max(tops, key=lambda k: energies[k])
+    tops = [int(k) for k in find_peaks(energies, prominence=EXTREMUM_DEPTH_EV)[0]]
+    highest = max(tops, key=lambda k: energies[k], default=None)
     rivals = [
         k
         for k in tops
-        if k != highest and sigma[k] > tolerance_ev and energies[k] + RIVAL_SIGMAS * sigma[k] > energies[highest]
+        if k != highest and sigma[k] > tolerance_ev and energies[k] + RIVAL_SIGMAS * sigma[k] > energies[tops].max()
     ]
     return max(rivals, key=lambda k: energies[k] + RIVAL_SIGMAS * sigma[k], default=None)
 

@@ -25,8 +25,14 @@ FORCE_NOISE_FLOOR = 5.0e-3
 """eV/Å; forces of a converged calculation are rarely better."""
 OFFSET_STD_EV = 100.0
 """Of a composition's offset from the mean of its residuals."""
-WITHIN = 3.0
-"""Spreads of its prior that a hyper-parameter may be away from its median."""
+WITHIN = 8.0
+"""Spreads of its prior that a hyper-parameter may be away from its median: a guard of the arithmetic."""
+COARSENING = 10.0
+"""What the evidence is divided by before it sets the hyper-parameters: forces of one label are no independent witnesses
+of a model that is never quite true, and taken for such they overrule the priors at once (a coarsened posterior: Miller
+and Dunson, J. Am. Stat. Assoc. 114, 1113 (2019))."""
+TOLERANCE = 1e-6
+"""Relative, of the log evidence: far below the 1 by which it matters."""
 STEP = 1e-4
 """Of finite differences, in spreads: smaller ones drown in the rounding of the evidence, and the search stops early."""
 
@@ -334,14 +340,14 @@ def _best(priors: HyperPriors, log_evidence: Callable[[Hyper], float], *, max_it
         np.clip(np.log(FORCE_NOISE_FLOOR / noise.median) / noise.spread, -WITHIN, WITHIN)
     )
     found = optimize.minimize(
-        lambda away: 0.5 * float(away @ away) - log_evidence(hyper(away)),
+        lambda away: 0.5 * float(away @ away) - log_evidence(hyper(away)) / COARSENING,
         np.zeros(len(known)),
         bounds=[(lowest[name], WITHIN) for name in known],
         method="L-BFGS-B",
-        options={"maxiter": max_iterations, "eps": STEP},
+        options={"maxiter": max_iterations, "eps": STEP, "ftol": TOLERANCE},
     )
     best = hyper(found.x)
-    return best, 0.5 * float(found.x @ found.x) - float(found.fun)
+    return best, COARSENING * (0.5 * float(found.x @ found.x) - float(found.fun))
 
 
 def _locals(

@@ -39,8 +39,8 @@ def grow(dataset: Dataset, labels: Iterable[Label]) -> Dataset:
 
 def composition_groups(labels: Sequence[Label]) -> IntArray:
     """Which composition each label is of, numbered in order of appearance, ``(n_labels,)``: only energies of the same
-    composition can be compared."""
-    compositions = [tuple(sorted(label.structure.numbers.tolist())) for label in labels]
+    composition and charge can be compared."""
+    compositions = [(label.structure.charge, *sorted(label.structure.numbers.tolist())) for label in labels]
     numbered = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
     return np.array([numbered[composition] for composition in compositions])
 

@@ -2,8 +2,9 @@
 
 The kernel is Matérn 5/2 in Cartesian coordinates, k(r) = s² (1 + ρ + ρ²/3) exp(-ρ) with ρ = √5 r/ℓ (Rasmussen and
 Williams, *Gaussian Processes for Machine Learning*, eq. 4.17). Its derivatives depend on differences of places alone:
-within the space those span, n labels need one dense matrix of at most n² rows; across it every coordinate is like any
-other, and one matrix of n rows serves them all (after de Roos, Gessner and Hennig, ICML 2021).
+within the space those span, n labels need one dense matrix of n² rows; across it every coordinate is like any
+other, and one matrix of n rows serves them all (after de Roos, Gessner and Hennig, ICML 2021). Of a span of many
+directions only the widest are kept, so that n labels never need more than a fixed multiple of n rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from alcore.types import FloatArray
 
 SPANNED = 1e-9
 """Singular values below this fraction of the largest span nothing."""
+MAX_SPANNED = 20
+"""Directions in which labels are told apart; along all others they are taken to lie at the same place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,14 @@ class LabelCovariance:
     """Covariance of the energies and forces observed at a set of places: kernel plus noise, factorised.
 
     Args:
-        places: free coordinates of the labels in Å, ``(n_labels, n_coordinates)``.
+        places: free coordinates of the labels in Å, ``(n_labels, n_coordinates)``; those of more than
+            ``MAX_SPANNED + 1`` labels are projected on their widest directions.
         kernel: None for noise alone.
         energy_noise_ev, force_noise: of each label (the latter in eV/Å), ``(n_labels,)``.
 
     Attributes:
         log_det: of the whole matrix of ``n_labels * (1 + n_coordinates)`` rows.
+        rows_within: of the one that is dense.
     """
 
     def __init__(
@@ -57,10 +62,13 @@ class LabelCovariance:
             return
         offsets = places - places[0]
         _, singular, rows = np.linalg.svd(offsets, full_matrices=False)
-        self._span = rows[singular > SPANNED * max(float(singular.max(initial=0.0)), 1e-9)].T
+        spanned = singular > SPANNED * max(float(singular.max(initial=0.0)), 1e-9)
+        self._span = rows[spanned][:MAX_SPANNED].T
+        self.places = places[0] + offsets @ self._span @ self._span.T
         within, across = self._matrices(offsets @ self._span, kernel)
         self._within, self._across = linalg.cholesky(within, lower=True), linalg.cholesky(across, lower=True)
         n_across = n_coordinates - self._span.shape[1]
+        self.rows_within = len(within)
         self.log_det = 2 * float(np.log(np.diag(self._within)).sum() + n_across * np.log(np.diag(self._across)).sum())
 
     def _matrices(self, places: FloatArray, kernel: Matern) -> tuple[FloatArray, FloatArray]:

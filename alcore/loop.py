@@ -6,7 +6,6 @@ decides, and only then learns. What it needs from outside comes in a ``Workshop`
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from alcore.selection import whose_turn
 from alcore.spin import path_jumps
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
 from alcore.steps import Steps
-from alcore.stopping import budget, overall, unmet
+from alcore.stopping import budget, hop_budget, overall, unmet
 from alcore.symmetry import derived_label, first_of_its_kind, symmetric_ends
 from alcore.types import (
     Dataset,
@@ -115,15 +114,22 @@ def run_loop(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopState:
 
 
 def reopened(state: LoopState, spec: LoopSpec) -> LoopState:
-    """Hops that converged by looser tolerances than today's are open again."""
+    """Hops that converged by looser tolerances than today's, or had spent a smaller budget, are open again; those that
+    spent more than today's are not."""
     if not state.records:
         return state
     paths = []
     for settled in state.records[-1].paths:
-        mine = (p for r in reversed(state.records) for p in r.paths if p.path == settled.path and p.residuals)
-        missing = unmet(next(mine, settled), spec.stop) if settled.decision.code == "converged" else []
-        reopened = Decision(stop=False, code="continue", reason="; ".join(missing))
-        paths.append(replace(settled, decision=reopened) if missing else settled)
+        decision = settled.decision
+        spent = hop_budget([p for r in state.records for p in r.paths if p.path == settled.path], spec.stop)
+        if decision.code == "converged":
+            missing = unmet(state.last_tested(settled.path) or settled, spec.stop)
+            decision = Decision(stop=False, code="continue", reason="; ".join(missing)) if missing else decision
+        elif decision.code == "generation_budget" and spent is None:
+            decision = Decision(stop=False, code="continue", reason="more generations are allowed now")
+        elif decision.code == "continue" and spent is not None:
+            decision = spent
+        paths.append(settled if decision is settled.decision else replace(settled, decision=decision))
     if all(new is old for new, old in zip(paths, state.records[-1].paths, strict=True)):
         return state
     last = replace(state.records[-1], paths=tuple(paths), decision=overall(paths, None))
@@ -131,13 +137,9 @@ def reopened(state: LoopState, spec: LoopSpec) -> LoopState:
 
 
 def _can_go_on(state: LoopState, spec: LoopSpec) -> bool:
+    """Whether labels are left, and a hop to ask for them."""
     last = state.records[-1]
-    return budget(last.n_reference_calls, last.index // _turns(state, spec), spec.stop) is None
-
-
-def _turns(state: LoopState, spec: LoopSpec) -> int:
-    """Generations until every hop has had its turn once."""
-    return math.ceil(len(state.pairs) / spec.select.hops_per_generation)
+    return budget(last.n_reference_calls, spec.stop) is None and not all(p.decision.stop for p in last.paths)
 
 
 def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopState:
@@ -151,7 +153,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
                 neb=spec.neb,
                 select=spec.select,
                 end_state_fmax_ev_per_ang=spec.stop.saddle_fmax_ev_per_ang,
-                calibration=calibrate(state.residuals),
+                calibration=calibrate(state.residuals, state.surrogate.elsewhere),
             )
             probed = Steps(shop, spec.run, index).remembered(
                 "probe",
@@ -174,7 +176,7 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         answered = [(r.candidate.kind, labels[r.key]) for r in requests]
         calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)
         n_calls = total_calls(calls)
-        decision = overall(paths, budget(n_calls, index // _turns(state, spec), spec.stop))
+        decision = overall(paths, budget(n_calls, spec.stop))
         with _timed(seconds, "train"):
             state = _learn(state, paths, Steps(shop, spec.run, index)) if not decision.stop else state
         record = GenerationRecord(
@@ -187,7 +189,9 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
             n_labels_reused=sum(label.reused for _, label in state.asked.values()),
             calls_by_kind=calls,
             doubts=dict(state.doubts),
-            calibration=calibrate([*state.residuals, *state.independent(r for p in paths for r in p.residuals)]),
+            calibration=calibrate(
+                [*state.residuals, *state.independent(r for p in paths for r in p.residuals)], state.surrogate.elsewhere
+            ),
             surrogate=state.surrogate.describe(),
             seconds=seconds,
             sitting=spec.sitting,
@@ -219,7 +223,7 @@ def _probe(name: str, state: LoopState, spec: ProbeSpec, shop: Workshop) -> Prob
         spec,
         initial=initial,
         final=final,
-        previous=last,
+        previous=state.last_tested(name),
         end_state_tries=tries,
         key_of=lambda structure: label_key(structure, shop.labeler.fingerprint),
         asked=state.asked.keys(),
@@ -288,7 +292,7 @@ def _obtain(requests: Sequence[LabelRequest], state: LoopState, spec: LoopSpec, 
         return images
 
     def work(key: str) -> Label:
-        with shop.claims.claim(key) as others:
+        with shop.claims.claim(key, computed=not symmetry) as others:
             if others is not None:
                 shop.store.save_label(others, run)
                 return _owned(others, run)

@@ -41,13 +41,19 @@ class NebSpec:
     max_steps: int = 600
     symmetry: bool = True
 
+    @property
+    def climbs_below(self) -> float:
+        """Force in eV/Å below which an image climbs: never so small that the band is called converged before."""
+        return max(self.climb_below_ev_per_ang, self.fmax_ev_per_ang)
+
 
 DOUBT_EVERY = 2
 """Steps between two questions whether the potential still knows what it is doing; an L-BFGS step goes far."""
 STIFFNESS_EV_PER_ANG2 = 15.0
 """First guess of the curvature, that of a bond in a metal; 8 to 30 converge alike."""
 SUMMIT_FRACTION, SUMMIT_STEPS, SUMMIT_REACH_ANG = 0.2, 40, 0.2
-"""Of the limit of the band, to which the climbing image is relaxed in the end; steps and movement it takes at most."""
+"""Of the limit of the band, to which the climbing image is relaxed in the end; steps and movement it takes at most, and
+the others after it: both are a few times what was ever needed."""
 LEAST_CURVATURE_EV_PER_ANG2 = 1e-3
 LBFGS_MEMORY, LBFGS_PATIENCE = 20, 30
 """Steps that are remembered, and steps without a smaller force after which FIRE goes on."""
@@ -236,8 +242,8 @@ def _relaxed(
 
     for step in range(spec.max_steps + 1):
         force, fmax = pushed()
-        top = _summit(energies)
-        if spec.climb and top not in (None, climbing) and fmax < spec.climb_below_ev_per_ang:
+        top = summit(energies)
+        if spec.climb and top not in (None, climbing) and fmax < spec.climbs_below:
             climbing = top
             force, fmax = pushed()
             optimiser.new_forces()
@@ -279,7 +285,8 @@ def _relaxed(
 def _on_summit(potential: Potential, template: Structure, relaxed: Relaxed, climbing: int, spec: NebSpec) -> Relaxed:
     """The same band with the climbing image alone relaxed on, to a fifth of the band's limit.
 
-    Its label is what confirms the barrier, so what is left of the surrogate's own force must not count against it.
+    Its label is what confirms the barrier, so what is left of the surrogate's own force must not count against it. The
+    others follow it, until they are relaxed beside it too; the band as it was comes back where either fails.
     """
     near = slice(climbing - 1, climbing + 2)
     positions, energies, forces = (
@@ -302,15 +309,38 @@ def _on_summit(potential: Potential, template: Structure, relaxed: Relaxed, clim
         whole[climbing] = found[1]
         return whole
 
-    return replace(
+    found = replace(
         relaxed,
         positions=refined(relaxed.positions, positions),
         energies_ev=refined(relaxed.energies_ev, energies),
         forces=refined(relaxed.forces, forces),
     )
+    return _beside_summit(potential, template, found, climbing, spec) or relaxed
 
 
-def _summit(energies: FloatArray) -> int | None:
+def _beside_summit(
+    potential: Potential, template: Structure, band: Relaxed, climbing: int, spec: NebSpec
+) -> Relaxed | None:
+    """The band with its climbing image held where it is and the others relaxed to the limit; None if they do not get
+    there, or one of them rises above it."""
+    positions, energies, forces = (np.array(values) for values in (band.positions, band.energies_ev, band.forces))
+    others = np.delete(np.arange(1, len(positions) - 1), climbing - 1)
+    optimiser = Lbfgs(0.5 * spec.max_step_ang)
+    for step in range(SUMMIT_STEPS + 1):
+        force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing)
+        force = np.where(template.fixed, 0.0, force)
+        fmax = float(np.linalg.norm(force, axis=2).max())
+        moved = float(np.abs(positions - band.positions).max())
+        if fmax < spec.fmax_ev_per_ang or step == SUMMIT_STEPS or moved > SUMMIT_REACH_ANG:
+            break
+        positions[others] += optimiser.step(force[others - 1])
+        energies[others], forces[others] = potential.evaluate(template, positions[others])
+    if fmax >= spec.fmax_ev_per_ang or moved > SUMMIT_REACH_ANG or summit(energies) != climbing:
+        return None
+    return replace(band, positions=positions, energies_ev=energies, forces=forces, fmax_ev_per_ang=fmax)
+
+
+def summit(energies: FloatArray) -> int | None:
     """The highest interior image, if it lies above both end states."""
     top = int(energies[1:-1].argmax()) + 1
     return top if energies[top] > max(energies[0], energies[-1]) else None

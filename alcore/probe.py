@@ -85,7 +85,7 @@ def probe_path(
         surrogate: as trained so far.
         spec: how.
         initial, final: reference labels of the end states as they stand, or None.
-        previous: the hop's record of the last generation.
+        previous: the hop's record of the last generation in which labels were held against predictions.
         end_state_tries: relaxed end states labelled so far.
         key_of: content key of a structure.
         asked: keys asked for so far.

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 from alcore.types import (
+    Calibration,
     CommitteePrediction,
     Dataset,
     FloatArray,
@@ -38,6 +39,11 @@ class Potential(Protocol):
 
 class Surrogate(Potential, Protocol):
     """A potential that also says how sure it is."""
+
+    @property
+    def elsewhere(self) -> Calibration:
+        """How far off the sigmas of surrogates of its kind were in other runs."""
+        ...
 
     def predict(self, template: Structure, positions: FloatArray) -> CommitteePrediction:
         """Energies, forces, members and posterior covariance; same arguments as ``evaluate``."""
@@ -140,11 +146,11 @@ class LeaseStore(Protocol):
 class Claims(Protocol):
     """Sees to it that no label is computed twice, whoever asks for it."""
 
-    def claim(self, key: str) -> AbstractContextManager[Label | None]:
+    def claim(self, key: str, *, computed: bool = False) -> AbstractContextManager[Label | None]:
         """Inside, over all runs, processes and machines that share the store, nobody else computes ``key``.
 
-        Waits while somebody else does. Gives the good label if one is stored by then, and None if it is to be computed
-        now; then it has to be stored before the block ends.
+        Waits while somebody else does. Gives the good label if one is stored by then (``computed``: one that was not
+        derived by symmetry), and None if it is to be computed now; then it has to be stored before the block ends.
         """
         ...
 

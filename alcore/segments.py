@@ -8,14 +8,14 @@ Chemistry, Kluwer (2000), on paths with intermediate minima).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from alcore.barrier import find_extrema
+from alcore.barrier import EXTREMUM_DEPTH_EV, find_extrema
 from alcore.endpoints import relax_end_state
-from alcore.neb import Guards, NebSpec, Relaxed, path_coordinate, relax_band
+from alcore.neb import Guards, NebSpec, Relaxed, path_coordinate, relax_band, summit
 from alcore.protocols import Potential
 from alcore.types import Band, FloatArray, Structure
 
@@ -25,7 +25,7 @@ KEPT_EV = 0.5 * WELL_EV
 """A division is given up only below this, so that a well at the limit does not come and go."""
 SURE = 2.0
 """Nor is it where the depth is less than this many times its sigma: young surrogates invent wells."""
-SAME_PLACE_ANG = 0.3
+ONE_WELL_ANG = 0.3
 """Two minima between which no atom moves further are one."""
 MAX_SEGMENTS = 6
 
@@ -38,7 +38,11 @@ class Segment:
         start, saddle, end: images; the saddle is the highest one between the other two.
         forward_ev, reverse_ev: its height above the start and above the end.
         saddle_ev, sigma_ev: energy of the saddle relative to the initial state, and its calibrated sigma.
-        rate_limiting: whether its saddle is the highest of the path, and so limits it in both directions.
+        span_ev: height of its saddle above the lowest minimum at or before it: what the way forward has to climb there
+            (the energetic span, Kozuch and Shaik, Acc. Chem. Res. 44, 101 (2011)).
+        rate_limiting: whether its span is the largest, so that it limits the rate forward; of spans that are alike,
+            whether its saddle is the highest.
+        highest: whether its saddle is the highest of the path: the one that is verified.
     """
 
     start: int
@@ -48,7 +52,9 @@ class Segment:
     reverse_ev: float
     saddle_ev: float
     sigma_ev: float
+    span_ev: float
     rate_limiting: bool
+    highest: bool
 
 
 def segments(band: Band) -> tuple[Segment, ...]:
@@ -56,7 +62,10 @@ def segments(band: Band) -> tuple[Segment, ...]:
     energies = band.energies_ev
     stretches = list(pairwise([0, *band.minima, len(energies) - 1]))
     tops = [int(energies[start + 1 : end].argmax()) + start + 1 for start, end in stretches]
-    limiting = int(np.argmax(energies[tops]))
+    lowest = np.minimum.accumulate(energies[[start for start, _ in stretches]])
+    spans = energies[tops] - lowest
+    highest = int(np.argmax(energies[tops]))
+    limiting = highest if spans.max() - spans[highest] < EXTREMUM_DEPTH_EV else int(np.argmax(spans))
     return tuple(
         Segment(
             start=start,
@@ -66,7 +75,9 @@ def segments(band: Band) -> tuple[Segment, ...]:
             reverse_ev=float(energies[top] - energies[end]),
             saddle_ev=float(energies[top]),
             sigma_ev=float(band.sigma_ev[top]),
+            span_ev=float(spans[k]),
             rate_limiting=k == limiting,
+            highest=k == highest,
         )
         for k, ((start, end), top) in enumerate(zip(stretches, tops, strict=True))
     )
@@ -104,7 +115,9 @@ def relax_path(
         unsure: sigma of the energy difference between two geometries, ``(2, n_atoms, 3)`` in Å to eV.
 
     Returns:
-        the whole path with ``minima``, converged if every segment is.
+        the whole path with ``minima``, converged if every segment is. Where a division brings doubt, the divided path
+        comes back as it was then, since a label there is what settles it; where it does not converge, which no label
+        need change, the converged path as it was before comes back, and ``reason`` says so.
     """
     task = _Task(
         potential=potential, template=template, spec=spec, guards=guards or Guards(), doubt=doubt, unsure=unsure
@@ -112,20 +125,25 @@ def relax_path(
     marks = [0, *minima, len(start) - 1]
     parts = _settled([np.array(start[a : b + 1]) for a, b in pairwise(marks)], task)
     n_steps = 0
+    before: Relaxed | None = None
     for _ in range(2 * MAX_SEGMENTS):
         done = _relaxed(parts, task)
         n_steps += sum(part.n_steps for part in done)
         found = _joined(done, n_steps)
+        if found.status == "max_steps" and before is not None:
+            return _undivided(before, found)
         if found.status != "converged":
             return found
-        parts = _without_shallow(done, task) or _divided(done, task) or []
+        parts = _without_shallow(done, task) or []
+        before = None if parts else found
+        parts = parts or _divided(done, task) or []
         if not parts:
             return found
     return found
 
 
 def _relaxed(parts: Sequence[FloatArray], task: _Task) -> list[Relaxed]:
-    """Each part relaxed by itself, up to the first that fails; doubts are asked about the whole path."""
+    """Each part relaxed by itself, whatever becomes of the others; doubts are asked about the whole path."""
     done: list[Relaxed] = []
     for k, part in enumerate(parts):
         others = ([relaxed.positions for relaxed in done], parts[k + 1 :])
@@ -188,19 +206,30 @@ def _well(place: FloatArray, known: Sequence[FloatArray], task: _Task) -> FloatA
     )
     found = relaxed.positions[0]
     old = min(float(np.linalg.norm(found - other, axis=1).max()) for other in known)
-    return found if relaxed.status == "converged" and old > SAME_PLACE_ANG else None
+    return found if relaxed.status == "converged" and old > ONE_WELL_ANG else None
 
 
 def _without_shallow(done: Sequence[Relaxed], task: _Task) -> list[FloatArray] | None:
     """The parts with the shallowest division undone, or None if every one is deep enough."""
-    depths = [
-        min(float(a.energies_ev.max()), float(b.energies_ev.max())) - float(b.energies_ev[0]) for a, b in pairwise(done)
-    ]
+    depths = [_depth(before, after) for before, after in pairwise(done)]
     if not depths or min(depths) >= KEPT_EV:
         return None
     k = int(np.argmin(depths))
     parts = [part.positions for part in done]
     return [*parts[:k], resampled(_whole(parts[k : k + 2]), task.spec.n_images), *parts[k + 2 :]]
+
+
+def _undivided(before: Relaxed, tried: Relaxed) -> Relaxed:
+    """The path as it was before a division of it that did not converge."""
+    nearest = {int(np.linalg.norm(before.positions - tried.positions[k], axis=(1, 2)).argmin()) for k in tried.minima}
+    wells = ", ".join(str(image) for image in sorted(nearest - set(before.minima)))
+    return replace(before, n_steps=tried.n_steps, reason=f"not divided at the well by image {wells}: {tried.reason}")
+
+
+def _depth(before: Relaxed, after: Relaxed) -> float:
+    """How deep the well between two parts is in eV; 0 where one of them has no saddle of its own."""
+    tops = [part.energies_ev[top] for part in (before, after) if (top := summit(part.energies_ev)) is not None]
+    return float(min(tops) - after.energies_ev[0]) if len(tops) == 2 else 0.0
 
 
 def _divided(done: Sequence[Relaxed], task: _Task) -> list[FloatArray] | None:

@@ -47,8 +47,8 @@ def select(
 ) -> list[Candidate]:
     """The saddle if the band is converged and has one, then the most uncertain images, greedily.
 
-    Before the saddle come a well below both ends that no label supports, and the saddle of another segment that may be
-    the highest and is known less. Each pick conditions the posterior of the
+    Before the saddle come a well below both ends that no label supports, and the top of another hump that may be the
+    highest and is known less. Each pick conditions the posterior of the
     others on itself, so a batch spreads over the band (greedy variance reduction, Krause et al., JMLR 9, 235 (2008)). A
     band that did not converge has no saddle worth a label: there the most uncertain image comes first, since labelling
     the highest one stalls the loop. With ``barrier-variance`` a band that converged and has a saddle is asked by
@@ -87,7 +87,8 @@ def select(
         take(well, "uncertain")
     elif spec.strategy != "random" and rival in open_images and band.sigma_ev[rival] > band.sigma_ev[top]:
         take(rival, "uncertain")
-    elif spec.strategy == "saddle+uncertainty" and has_saddle and top in open_images:
+    room = len(picked) < spec.labels_per_generation
+    if spec.strategy == "saddle+uncertainty" and has_saddle and room and top in open_images:
         take(top, "saddle")
     rng = np.random.default_rng([spec.seed, len(labelled)])
     while open_images and len(picked) < spec.labels_per_generation:

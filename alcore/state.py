@@ -29,7 +29,7 @@ class LoopSpec:
 class NobodyElse:
     """``Claims`` of a store that nobody shares."""
 
-    def claim(self, key: str) -> AbstractContextManager[Label | None]:
+    def claim(self, key: str, *, computed: bool = False) -> AbstractContextManager[Label | None]:
         """Never waits."""
         return nullcontext(None)
 
@@ -79,14 +79,14 @@ class LoopState:
 
     @property
     def residuals(self) -> list[Residual]:
-        """All residuals so far, in order, but for those of labels derived by symmetry: what was learned at one geometry
-        is no prediction at its image."""
+        """All residuals so far that are ``independent``, in order."""
         found = (residual for record in self.records for path in record.paths for residual in path.residuals)
         return self.independent(found)
 
     def independent(self, residuals: Iterable[Residual]) -> list[Residual]:
-        """Those whose label was computed."""
-        return [r for r in residuals if r.key not in self.asked or not self.asked[r.key][1].derived_from]
+        """All but those of labels derived by symmetry from one that this run has: what was learned at one geometry is
+        no prediction at its image."""
+        return [r for r in residuals if r.key not in self.asked or self.asked[r.key][1].derived_from not in self.asked]
 
     @property
     def labels(self) -> dict[str, Label]:
@@ -100,6 +100,11 @@ class LoopState:
     def last(self, path: str) -> PathRecord | None:
         """The latest record of a hop."""
         return next((p for p in self.records[-1].paths if p.path == path), None) if self.records else None
+
+    def last_tested(self, path: str) -> PathRecord | None:
+        """The latest record of a hop in which labels were held against predictions; it may have waited since."""
+        records = (p for record in reversed(self.records) for p in record.paths if p.path == path)
+        return next((p for p in records if p.residuals), None)
 
     def keys_of(self, path: str) -> list[str]:
         """Keys of everything asked for a hop, in order."""

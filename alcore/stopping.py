@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from alcore.barrier import doubtful_rival, doubtful_well
+from alcore.barrier import doubtful_rival, doubtful_well, path_spline, turning_points
 from alcore.drift import drift
-from alcore.types import Band, Decision, PathRecord
+from alcore.types import Band, BarrierEstimate, Decision, PathRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def decide(record: PathRecord, spec: StopSpec, earlier: Sequence[PathRecord] = (
     Converged needs all of: the band converged on the surrogate; its saddle image labelled, and the label within the
     tolerance of what was predicted before; the reference force on that saddle and on both end states below its limit;
     the saddle above both ends by more than its uncertainty; the calibrated uncertainty of the barrier below the
-    tolerance; no other segment's saddle that might be higher.
+    tolerance; no other hump that might be higher.
 
     Args:
         record: what this generation found.
@@ -83,7 +83,12 @@ def unmet(record: PathRecord, spec: StopSpec) -> list[str]:
         )
     margin = record.barrier_std_ev or 0.0
     if min(record.barrier.forward_ev, record.barrier.reverse_ev) <= margin:
-        missing.append("no saddle above both end states")
+        between = _rise(record.barrier) > margin
+        missing.append(
+            f"no image on the saddle, {1e3 * _rise(record.barrier):.0f} meV high between two of them: give more images"
+            if between
+            else "no saddle above both end states"
+        )
     return missing
 
 
@@ -99,8 +104,14 @@ def _confirmed(record: PathRecord) -> str:
     )
 
 
+def _rise(barrier: BarrierEstimate) -> float:
+    """How far the path rises above the higher end state (eV), between images too."""
+    return min(barrier.spline_forward_ev, barrier.spline_forward_ev - barrier.reaction_energy_ev)
+
+
 def _barrierless(record: PathRecord, spec: StopSpec) -> Decision | None:
-    """Barrierless only if the whole band is known to the tolerance and no image rises above both ends beyond that."""
+    """Barrierless only if the whole band is known to the tolerance and nothing rises above both ends beyond that, be it
+    between two images."""
     band, barrier = record.band, record.barrier
     if (
         band is None
@@ -112,12 +123,12 @@ def _barrierless(record: PathRecord, spec: StopSpec) -> Decision | None:
         return None
     settled = max(record.initial_fmax_ev_per_ang, record.final_fmax_ev_per_ang) <= spec.saddle_fmax_ev_per_ang
     known = float(np.max(band.sigma_ev)) < spec.barrier_tolerance_ev
-    if settled and known and min(barrier.forward_ev, barrier.reverse_ev) <= float(band.sigma_ev[barrier.saddle_image]):
+    if settled and known and _rise(barrier) <= float(band.sigma_ev[barrier.saddle_image]):
         side, other = ("initial", "final") if barrier.forward_ev < barrier.reverse_ev else ("final", "initial")
         return Decision(
             stop=True,
             code="barrierless",
-            reason=f"no image lies above both end states by more than its uncertainty: from the {side} state it goes "
+            reason=f"nothing rises above both end states by more than its uncertainty: from the {side} state it goes "
             f"downhill to the {other} one; if a barrier is expected, give a band or another {side} state",
         )
     return None
@@ -157,32 +168,45 @@ def _fall(band: Band, image: int, labelled_ev: float, spec: StopSpec) -> tuple[f
         labelled_ev: reference energy relative to the initial state of the hop.
         spec: a fall has to exceed its tolerance, and ``FALL_EV``.
     """
-    way = band.energies_ev[: image + 1]
+    spline, reach = path_spline(band), band.coordinate_ang[image]
+    level = turning_points(spline)  # a minimum may hide between two images
+    way = spline(np.union1d(band.coordinate_ang[: image + 1], level[level < reach]))
     drop = float(band.energies_ev[0]) - labelled_ev
     rise = float((way - np.minimum.accumulate(way)).max())
     if drop <= max(FALL_EV, spec.barrier_tolerance_ev) or rise > MARGIN_EV:
         return None
-    return float(abs(band.coordinate_ang[image] - band.coordinate_ang[0])), drop
+    return float(reach - band.coordinate_ang[0]), drop
 
 
 def _reversed(band: Band) -> Band:
     """The band as seen from the final state; energies keep their zero."""
-    return replace(band, energies_ev=band.energies_ev[::-1], coordinate_ang=band.coordinate_ang[::-1])
+    return replace(
+        band,
+        positions=band.positions[::-1],
+        energies_ev=band.energies_ev[::-1],
+        forces=band.forces[::-1],
+        coordinate_ang=band.coordinate_ang[-1] - band.coordinate_ang[::-1],
+    )
 
 
-def budget(n_calls: int, generation: int, spec: StopSpec) -> Decision | None:
-    """The other end: labels or generations spent.
-
-    Args:
-        n_calls: of the reference.
-        generation: after that of the end states; where hops take turns, rounds of all of them.
-        spec: the limits.
-    """
+def budget(n_calls: int, spec: StopSpec) -> Decision | None:
+    """The other end of a run: its reference calls spent."""
     if n_calls >= spec.max_labels:
         return Decision(
             stop=True, code="label_budget", reason=f"{n_calls} reference calls spent (limit {spec.max_labels})"
         )
-    if generation >= spec.max_generations:
+    return None
+
+
+def n_generations(records: Sequence[PathRecord]) -> int:
+    """Generations after the first in which a hop asked for labels, the first being that of the end states; those in
+    which it waited for its turn do not count."""
+    return sum(bool(record.label_keys) for record in records) - 1
+
+
+def hop_budget(records: Sequence[PathRecord], spec: StopSpec) -> Decision | None:
+    """The other end of a hop, from all its records: its generations spent."""
+    if (generation := n_generations(records)) >= spec.max_generations:
         return Decision(
             stop=True,
             code="generation_budget",

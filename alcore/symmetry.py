@@ -8,7 +8,7 @@ Moments are taken as scalars: collinear, without spin-orbit coupling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -18,6 +18,7 @@ import numpy as np
 from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
+from alcore.endpoints import SAME_PLACE_ANG
 from alcore.identity import label_key
 from alcore.neighbours import neighbours
 from alcore.types import BoolArray, Candidate, EndpointPair, FloatArray, IntArray, Label, Structure, frozen_array
@@ -32,7 +33,7 @@ LATTICE_ANG = 1e-5
 REACH_ANG, N_NEAREST = 5.0, 24
 """An atom's surroundings: the distances of its nearest neighbours of each element, cut here and after so many."""
 MOMENT_MU_B = 1e-6
-N_PROBES = 3
+N_PROBES = 4
 """Atoms that are looked at before all are."""
 
 
@@ -76,18 +77,23 @@ class Isometry:
         return np.asarray(near + _folded(moved - near, first))
 
 
-def find_isometry(first: Structure, second: Structure, tolerance_ang: float) -> Isometry | None:
+def find_isometry(
+    first: Structure,
+    second: Structure,
+    tolerance_ang: float,
+    accept: Callable[[Isometry], bool] = lambda found: True,
+) -> Isometry | None:
     """An operation that carries ``first`` into ``second``, every atom to within ``tolerance_ang`` of a like one.
 
     Atomic numbers, constraints, charge and initial moments must be carried over too, and the cells must be the same.
-    Of several operations the first is taken, the identical rotation before all others.
+    Of several operations the first that is to ``accept`` is taken, the identical rotation before all others.
     """
     partners = _partners(first, second, tolerance_ang)
     if partners is None:
         return None
     choices = partners.sum(axis=1)
     order = np.argsort(choices, kind="stable")
-    anchor, probes = order[0], order[: N_PROBES + 1]
+    anchor, probes = order[0], order[:N_PROBES]
     for rotation in _rotations(first, second, partners, tolerance_ang):
         turned = first.positions @ rotation.T
         masks = _turned_masks(first.fixed, rotation)
@@ -101,24 +107,35 @@ def find_isometry(first: Structure, second: Structure, tolerance_ang: float) -> 
             found = _settled(turned, shift, second, partners, tolerance_ang)
             if found is not None and (masks == second.fixed[found[1]]).all():
                 shift, permutation, largest = found
-                return Isometry(
+                isometry = Isometry(
                     rotation=frozen_array(rotation),
                     translation_ang=frozen_array(shift),
                     permutation=frozen_array(permutation, np.int64),
                     largest_shift_ang=largest,
                 )
+                if accept(isometry):
+                    return isometry
     return None
 
 
 def _settled(
     turned: FloatArray, shift: FloatArray, second: Structure, partners: BoolArray, tolerance_ang: float
 ) -> tuple[FloatArray, IntArray, float] | None:
-    """The mean translation, the permutation and the largest shift left, if that is within the tolerance."""
+    """The mean translation, the permutation and the largest shift left, if that is within the tolerance.
+
+    Along an axis with fixed coordinates these say how far it goes: an image made by this operation leaves them where
+    they are. A molecule may be turned by any angle, which the free atoms may be a little off in: there the fixed ones
+    have to fit by themselves.
+    """
     permutation = _match(turned + shift, second, partners, 2 * tolerance_ang)
     if permutation is None or len(set(permutation.tolist())) < len(permutation):
         return None
-    shift = shift + _folded(second.positions[permutation] - turned - shift, second).mean(axis=0)
+    off, held = _folded(second.positions[permutation] - turned - shift, second), second.fixed[permutation]
+    of_held = (off * held).sum(axis=0) / np.maximum(held.sum(axis=0), 1)
+    shift = shift + np.where(held.any(axis=0), of_held, off.mean(axis=0))
     left = _folded(second.positions[permutation] - turned - shift, second)
+    if not second.cell.any() and np.abs(left * held).max() > EXACT_ANG:
+        return None
     largest = float(np.linalg.norm(left, axis=1).max())
     return (shift, permutation, largest) if largest <= tolerance_ang else None
 
@@ -316,7 +333,8 @@ def first_of_its_kind(structures: Sequence[Structure]) -> list[int]:
 
 
 def symmetric_ends(candidates: Sequence[Candidate], pair: EndpointPair) -> tuple[tuple[Candidate, ...], str]:
-    """The candidates, an end state that is nearly the image of the other one replaced by its exact image.
+    """The candidates, an end state that is nearly the image of the other one replaced by its exact image, where that is
+    another place.
 
     The other one is the initial state among the candidates, or the end state as it stands. Given positions that may not
     be relaxed are taken for images only if no atom moves by more than rounding.
@@ -332,7 +350,13 @@ def symmetric_ends(candidates: Sequence[Candidate], pair: EndpointPair) -> tuple
     standing = pair.initial if side else pair.final
     other = ends[0].structure if side and 0 in ends else standing
     mine = ends[side]
-    found = find_isometry(other, mine.structure, tolerance)
+
+    def hops(found: Isometry) -> bool:
+        """Whether anything but the crystal as a whole moves from the other state to its image."""
+        moved = _folded(found.image(other, mine.structure.positions) - other.positions, other)
+        return bool(np.linalg.norm(moved - moved.mean(axis=0), axis=1).max() > SAME_PLACE_ANG)
+
+    found = find_isometry(other, mine.structure, tolerance, hops)
     if found is None or found.largest_shift_ang <= EXACT_ANG:
         return tuple(candidates), ""
     place = mine.structure.moved(found.image(other, mine.structure.positions))

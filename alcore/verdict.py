@@ -13,7 +13,7 @@ from alcore.dataset import grow
 from alcore.identity import label_key
 from alcore.probe import Probe
 from alcore.state import LoopSpec, LoopState, Workshop, good_label
-from alcore.stopping import decide
+from alcore.stopping import decide, hop_budget
 from alcore.types import Calibration, Candidate, Dataset, Decision, EndpointPair, Label, LabelRequest, PathRecord
 from alcore.uncertainty import calibrate, calibrated, of_lead, relative_sigmas
 from alcore.vetting import vet
@@ -45,7 +45,7 @@ def measure(
     residuals = [*state.residuals, *state.independent(new)]
     surrogate = shop.trainer.finish(state.surrogate, {}, state.dataset, residuals)
     state = replace(state, pairs=pairs, surrogate=surrogate)
-    calibration = calibrate(residuals)
+    calibration = calibrate(residuals, surrogate.elsewhere)
     paths = []
     for name in state.pairs:
         if name not in drafts:
@@ -56,16 +56,30 @@ def measure(
         record = _with_std(drafts[name], surrogate, calibration, spec.stop.barrier_tolerance_ev)
         given_up = _given_up(state, record, probes[name])
         earlier = [p for r in state.records for p in r.paths if p.path == name]
-        paths.append(replace(record, decision=given_up or decide(record, spec.stop, earlier)))
+        decision = given_up or decide(record, spec.stop, earlier)
+        if not decision.stop:
+            spent = hop_budget([*earlier, record], spec.stop)
+            decision = replace(spent, reason=f"{spent.reason}: {decision.reason}") if spent else decision
+        paths.append(replace(record, decision=decision))
     return state, paths
 
 
 def _vetted(state: LoopState, new: Mapping[str, Label], shop: Workshop) -> LoopState:
     """All labels held against each other: which are believed may change with every one that comes in."""
     good = [label for _, label in state.asked.values() if label.ok]
-    doubts = vet([label for label in good if not label.derived_from])
-    # A derived label stands or falls with the one it was derived from, and is no witness for it.
-    doubts |= {label.key: doubts[label.derived_from] for label in good if label.derived_from in doubts}
+    # A derived label stands or falls with the one it was derived from, and is no witness for it. Where this run never
+    # asked for that one, the first of its images speaks for it.
+    computed = {label.key for label in good if not label.derived_from}
+    witnesses: dict[str, Label] = {}
+    for label in good:
+        if label.derived_from not in computed:
+            witnesses.setdefault(label.derived_from or label.key, label)
+    told = vet(list(witnesses.values()))
+    doubts = {
+        label.key: told[witness.key]
+        for label in good
+        if (witness := witnesses[label.derived_from or label.key]).key in told
+    }
     for key in doubts.keys() - state.doubts.keys():
         shop.log(f"label {key[:6]} is not believed: {doubts[key]}")
     settled = {*new, *state.doubts}
@@ -158,10 +172,10 @@ def _given_up(state: LoopState, record: PathRecord, probe: Probe) -> Decision | 
     if probe.hopeless:
         return Decision(stop=True, code="end_state_not_minimum", reason=probe.hopeless)
     earlier = [p for r in state.records for p in r.paths if p.path == record.path]
-    recent = [*earlier[-(MAX_FRUITLESS - 1) :], record]
+    asking = [p for p in (*earlier, record) if p.label_keys]  # a hop may have to wait for its turn
     labels = state.labels
-    fruitless = [p for p in recent if p.label_keys and not any(labels[key].ok for key in p.label_keys)]
-    if len(fruitless) >= MAX_FRUITLESS:
+    fruitless = [p for p in asking[-MAX_FRUITLESS:] if not any(labels[key].ok for key in p.label_keys)]
+    if record.label_keys and len(fruitless) >= MAX_FRUITLESS:
         worst = labels[record.label_keys[0]]
         return Decision(
             stop=True,
@@ -174,4 +188,4 @@ def _given_up(state: LoopState, record: PathRecord, probe: Probe) -> Decision | 
 
 
 MAX_FRUITLESS = 5
-"""Generations in a row without a single good label after which a hop is given up."""
+"""Generations in which a hop asked, in a row without a single good label, after which it is given up."""

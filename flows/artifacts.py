@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def publish(run: RunRecord, generations: Sequence[GenerationRecord], labels: Map
     if not generations:
         return
     key, last = artifact_key(run.name), generations[-1]
-    create_progress_artifact(progress(run, last), key=f"{key}-progress", description=_headline(run, last))
+    create_progress_artifact(progress(run, generations), key=f"{key}-progress", description=_headline(run, last))
     create_markdown_artifact(markdown_summary(run, last), key=f"{key}-summary", description=_headline(run, last))
     create_table_artifact(generation_rows(generations), key=f"{key}-generations", description=UNITS_NOTE)
     create_image_artifact(
@@ -64,13 +65,18 @@ def png_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def progress(run: RunRecord, last: GenerationRecord) -> float:
-    """Used part of the budget (generations or labels, whichever is nearer its end) in %; 100 once the run stopped."""
+def progress(run: RunRecord, generations: Sequence[GenerationRecord]) -> float:
+    """Used part of the budget (labels, or generations of all hops, whichever is nearer its end) in %; 100 once the run
+    stopped. A hop that is settled needs no more generations."""
+    last = generations[-1]
     if last.decision.stop or run.status != "running":
         return 100.0
     stop = run.settings.get("stop", {})
-    turns = math.ceil(len(last.paths) / run.settings.get("select", {}).get("hops_per_generation", len(last.paths) or 1))
-    used = [last.index / (turns * stop["max_generations"]) if stop.get("max_generations") else 0.0]
+    used = [0.0]
+    if allowed := stop.get("max_generations", 0) * len(last.paths):
+        asked = Counter(path.path for generation in generations for path in generation.paths if path.label_keys)
+        spent = (allowed / len(last.paths) if p.decision.stop else asked[p.path] - 1 for p in last.paths)
+        used.append(sum(spent) / allowed)
     used.append(last.n_reference_calls / stop["max_labels"] if stop.get("max_labels") else 0.0)
     return round(100 * min(max(used), 0.99), 1)
 

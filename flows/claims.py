@@ -31,14 +31,14 @@ class LabelClaims:
         self._keeper, self._store, self._stop, self._log = keeper, store, stop, log
 
     @contextmanager
-    def claim(self, key: str) -> Iterator[Label | None]:
+    def claim(self, key: str, *, computed: bool = False) -> Iterator[Label | None]:
         """As ``Claims.claim``. A failure of whoever was waited for is not inherited.
 
         Raises:
             StoreError: the store refuses; one that does not answer now is waited for.
             AlLoopError: ``stop`` was set meanwhile.
         """
-        label, held = self._wait(key)
+        label, held = self._wait(key, computed)
         try:
             yield label
         finally:
@@ -54,7 +54,7 @@ class LabelClaims:
             return {name.removeprefix(LABEL_PREFIX) for name in self._keeper.store.held_leases(LABEL_PREFIX)}
         return set()
 
-    def _wait(self, key: str) -> tuple[Label | None, Held | None]:
+    def _wait(self, key: str, computed: bool) -> tuple[Label | None, Held | None]:
         """The good label, or the lease, whichever comes first."""
         name = f"{LABEL_PREFIX}{key}"
 
@@ -73,7 +73,7 @@ class LabelClaims:
                 if isinstance(error, StoreUnreachableError):
                     continue  # the next turn waits for it
                 raise
-            if label is not None:
+            if label is not None and not (computed and label.derived_from):
                 self._give_back(held)
                 return label, None
             if held is not None:

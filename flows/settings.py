@@ -176,9 +176,9 @@ class CalculatorSettings(Section):
     def is_symmetric(self) -> bool:
         """Whether images of a geometry (``alcore.symmetry``) have the same energy, as far as the settings tell.
 
-        Not where atoms feel a real-space grid they do not share (cp2k, gpaw's lcao), where axes of equal length may
-        have unequal k-points, where settings of a code's own may name a direction or an atom, and not for a calculator
-        that nothing is known about (ase, plug-ins).
+        Not where atoms feel a real-space grid they do not share (cp2k, gpaw's lcao, vasp's projection in real space),
+        where axes of equal length may have unequal k-points, where settings of a code's own may name a direction or an
+        atom, and not for a calculator that nothing is known about (ase, plug-ins).
         """
         if self.name not in SYMMETRIC or self.settings.get("mode", "pw") != "pw":
             return False
@@ -186,7 +186,7 @@ class CalculatorSettings(Section):
             isinstance(entry := self.settings.get(key) or [0], list) and len(set(map(str, entry))) == 1
             for key in ("kpts", "koffset")
         )
-        return even and not any(self.settings.get(key) for key in ("folder", "incar", "input_data"))
+        return even and not any(self.settings.get(key) for key in ("folder", "incar", "input_data", "lreal"))
 
 
 class ExecutorSettings(Section):

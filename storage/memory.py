@@ -123,14 +123,17 @@ class MemoryStore(MemoryLeases):
         }
 
     def save_label(self, label: Label, run: str = "", created: datetime | None = None) -> None:
-        """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept."""
+        """The first ``ok`` label of a key stays for ever, but that one that was computed replaces one that was derived
+        by symmetry; until there is one, the last failure is kept."""
         son = encode(mapping.to_son(mapping.label_to_document(label)))
         with self._lock:
             kept, runs = self._labels.get(label.key, (son, set()))
             self._dates.setdefault(label.key, created or EPOCH)
             if run:
                 runs.add(run)
-            self._labels[label.key] = (kept if decode(kept)["status"] == "ok" else son, runs)
+            old = decode(kept)
+            replaced = label.ok and not label.derived_from and "equivalent_to" in old.get("details", {})
+            self._labels[label.key] = (kept if old["status"] == "ok" and not replaced else son, runs)
 
     def count_labels_by_status(self, run: str | None = None) -> dict[str, int]:
         """How many labels there are (that ``run`` used), by status; statuses without any are absent."""

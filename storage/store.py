@@ -272,7 +272,8 @@ class MongoStore:
 
     @_guarded
     def save_label(self, label: Label, run: str = "", created: datetime | None = None) -> None:
-        """The first ``ok`` label of a key stays for ever; until there is one, the last failure is kept.
+        """The first ``ok`` label of a key stays for ever, but that one that was computed replaces one that was derived
+        by symmetry; until there is one, the last failure is kept.
 
         ``created`` (UTC; None: now) is when it was first stored, anywhere; of one that is here already it changes
         nothing."""
@@ -285,13 +286,16 @@ class MongoStore:
         if not run:
             update["$setOnInsert"]["runs"] = []
         collection = self._collection(LabelDocument)
+        worse: list[dict[str, Any]] = [{"status": {"$ne": "ok"}}]
+        if label.ok and not label.derived_from:
+            worse.append({"details.equivalent_to": {"$exists": True}})
         while True:
-            try:  # one atomic step; the filter misses an ok label, whose key then refuses the insert
-                collection.update_one({"_id": key, "status": {"$ne": "ok"}}, update | joined, upsert=True)
+            try:  # one atomic step; the filter misses a label that stays, whose key then refuses the insert
+                collection.update_one({"_id": key, "$or": worse}, update | joined, upsert=True)
                 return
             except DuplicateKeyError:
-                kept = collection.find_one({"_id": key}, {"status": 1})
-                if kept is not None and kept["status"] == "ok":  # else another process was faster: once more
+                stays = collection.find_one({"_id": key, "$nor": worse}, {"_id": 1})
+                if stays is not None:  # else another process was faster: once more
                     if joined:
                         collection.update_one({"_id": key}, joined)
                     return

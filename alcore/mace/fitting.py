@@ -23,9 +23,8 @@ DEFAULT: CorrectionName = "blr+gp"
 
 LOOSE_FORCE_EV_PER_ANG = 1.0
 """A label whose largest reference force is this is fitted with twice the noise of one at rest."""
-PRIOR_SCALE_STD, NETWORK_SCALE_STD = 0.1, 0.5
-"""How far the scale of the prior's surface, and of the elastic network's, may well be from 1. A prior that pulls at end
-states which rest would lose all of its surface with 0.3: nothing pulls anywhere where nothing is left."""
+NETWORK_SCALE_STD = 0.5
+"""How far the scale of the elastic network may well be from 1."""
 CALM_TRAINED, CALM_UNTRAINED = 0.9, 0.5
 """Share of the forces in the size of the random features' weights (``features.calm_basis``), over a trained prior and
 an untrained one: with one label on a path the largest force error near the saddle was 0.9 and 1.7 times the prior's own
@@ -34,9 +33,13 @@ N_CALM = 3
 """Geometries over which those forces are taken."""
 AT_REST_EV_PER_ANG = 0.1
 """Labels whose forces are below this are of end states: they say nothing of how far off a model may be elsewhere."""
+N_TELLING = 2
+"""Other labels from which on the evidence sets the hyper-parameters: one alone is explained by too many of them."""
 PRECISION = LogNormal(median=30.0, spread=0.3)
 """Of the random features' weights, eV⁻². Looser ones explain one label by forces of several eV/Å beside it, stiffer
 ones leave too much to g, which cannot tell one environment from another."""
+HELD_ALIKE_ANG = 1e-3
+"""A file's rounding of places."""
 KERNEL_AMPLITUDE = LogNormal(median=0.5, spread=0.5)
 """Of g in eV, beside the random features or alone."""
 KERNEL_LENGTH = LogNormal(median=1.5, spread=0.3)
@@ -52,16 +55,15 @@ def make_surrogate(
     correction: CorrectionName = DEFAULT,
     networks: Mapping[bytes, ElasticNetwork] | None = None,
 ) -> MaceSurrogate:
-    """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands). Over a prior that
-    has been trained (``networks`` is None) the labels may change the scale of its surface."""
-    scaled = correction != "none" and networks is None
-    bare = MaceSurrogate(prior=prior, networks=networks or {}, scaled=scaled)
+    """A surrogate without labels, its features standardised on ``samples`` (rattled starting bands); ``networks`` is
+    None for a prior that has been trained."""
+    bare = MaceSurrogate(prior=prior, networks=networks or {})
     if "blr" not in correction:
         return bare
     descriptors = np.concatenate([bare.descriptors(s, s.positions[None]) for s in samples])
     numbers = np.concatenate([s.numbers for s in samples])
     features = make_features(descriptors, numbers, rng, per_element=per_element, like=bare.like)
-    rough = replace(bare, features=features, networks={}, scaled=False)
+    rough = replace(bare, features=features, networks={})
     chosen = [samples[k] for k in np.unique(np.linspace(0, len(samples) - 1, N_CALM).round().astype(int))]
     forces = [rough.feature_rows(sample)[1][~sample.fixed.ravel()] for sample in chosen]
     basis = calm_basis(np.concatenate(forces), CALM_UNTRAINED if networks is not None else CALM_TRAINED)
@@ -84,23 +86,47 @@ def with_correction(surrogate: MaceSurrogate, dataset: Dataset, correction: Corr
         if label.key not in rows:
             rows[label.key] = surrogate.feature_rows(label.structure)
     energies, forces = model_residuals(surrogate, dataset.labels)
-    by_atoms: dict[bytes, list[int]] = {}
-    for place, label in enumerate(dataset.labels):
-        by_atoms.setdefault(atoms_key(label.structure), []).append(place)
-    homes = {key: _home([dataset.labels[place].structure for place in places]) for key, places in by_atoms.items()}
-    free = [~label.structure.fixed.ravel() for label in dataset.labels]
-    n_random = len(next(iter(rows.values()))[0]) - surrogate.n_scales
-    scales = [PRIOR_SCALE_STD] * surrogate.scaled + [NETWORK_SCALE_STD] * bool(surrogate.networks)
+    hosts = _by_host(dataset.labels)
+    homes = [_home([dataset.labels[place].structure for place in places]) for _, places in hosts]
+    n_random = len(next(iter(rows.values()))[0]) - bool(surrogate.networks)
+    scales = [NETWORK_SCALE_STD] * bool(surrogate.networks)
     fitted = fit_correction(
-        [_observations(dataset.labels, places, rows, homes[key]) for key, places in by_atoms.items()],
+        [_observations(dataset.labels, *host, rows, home) for host, home in zip(hosts, homes, strict=True)],
         energies,
-        [np.stack([forces[p][:, free[p]] for p in places], axis=1) for places in by_atoms.values()],
+        [np.stack([forces[p][:, ~host.fixed.ravel()] for p in places], axis=1) for host, places in hosts],
         precisions=np.concatenate([np.full(n_random, np.nan), np.array(scales) ** -2.0]),
         priors=hyper_priors(correction),
-        informed=any((label_fmax(label) or 0.0) > AT_REST_EV_PER_ANG for label in dataset.labels),
+        informed=sum((label_fmax(label) or 0.0) > AT_REST_EV_PER_ANG for label in dataset.labels) >= N_TELLING,
     )
-    known = {key: Known(local=local, home_ang=homes[key]) for key, local in zip(by_atoms, fitted.local, strict=False)}
+    known = {
+        atoms_key(host): Known(local=local, home_ang=home)
+        for (host, _), local, home in zip(hosts, fitted.local, homes, strict=False)
+    }
     return replace(surrogate, correction=fitted, rows=rows, known=known)
+
+
+def _by_host(labels: Sequence[Label]) -> list[tuple[Structure, list[int]]]:
+    """Labels of the same atoms to move, as a structure of theirs and their places among all.
+
+    A frame that the user brings along may hold no atom, though it is of a host that holds some: it belongs to those
+    labels where the atoms that they hold lie alike.
+    """
+    hosts: list[tuple[Structure, list[int]]] = []
+    for place in sorted(range(len(labels)), key=lambda k: -int(labels[k].structure.fixed.sum())):
+        structure = labels[place].structure
+        mine = next((places for host, places in hosts if _is_of(structure, host)), None)
+        if mine is None:
+            hosts.append((structure, [place]))
+        else:
+            mine.append(place)
+    return [(host, sorted(places)) for host, places in hosts]
+
+
+def _is_of(structure: Structure, host: Structure) -> bool:
+    if atoms_key(structure) == atoms_key(host):
+        return True
+    unheld = network_key(structure) == network_key(host) and not structure.fixed.any() and not host.fixed.all()
+    return unheld and bool(np.all(np.abs(structure.positions - host.positions)[host.fixed] < HELD_ALIKE_ANG))
 
 
 def _home(structures: Sequence[Structure]) -> FloatArray:
@@ -113,12 +139,12 @@ def _home(structures: Sequence[Structure]) -> FloatArray:
 
 def _observations(
     labels: Sequence[Label],
+    template: Structure,
     places: Sequence[int],
     rows: Mapping[str, tuple[FloatArray, FloatArray]],
     home_ang: FloatArray,
 ) -> Observations:
     mine = [labels[place] for place in places]
-    template = mine[0].structure
     free = ~template.fixed.ravel()
     return Observations(
         place=np.array(places),

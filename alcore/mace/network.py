@@ -77,8 +77,9 @@ def lattice_wraps(
 
 
 def network_key(structure: Structure) -> bytes:
-    """Structures with equal keys share a network: the same atoms in the same order in the same cell."""
-    return structure.numbers.tobytes() + np.round(structure.cell, 3).tobytes()
+    """Structures with equal keys share a network: the same atoms in the same order and cell, equally charged."""
+    cell = np.round(structure.cell, 3) + 0.0  # -0.0 is 0.0
+    return structure.numbers.tobytes() + cell.tobytes() + np.float64(structure.charge).tobytes()
 
 
 def make_network(ends: Sequence[Structure]) -> ElasticNetwork:

@@ -14,7 +14,8 @@ from alcore.mace.features import RandomFeatures, element_index, invariant_column
 from alcore.mace.graphs import batch_graph
 from alcore.mace.models import model_elements
 from alcore.mace.network import ElasticNetwork, lattice_wraps, network_key
-from alcore.types import CommitteePrediction, FloatArray, Structure
+from alcore.types import Calibration, CommitteePrediction, FloatArray, Structure
+from alcore.uncertainty import OVER_TRAINED, OVER_UNTRAINED
 
 MAX_BATCH_ATOMS = 3000
 """Atoms in one batch of the Jacobian; bounds its memory to a few hundred MB for small models."""
@@ -36,9 +37,9 @@ class Known:
 class MaceSurrogate:
     """Energy = model + network + φ·w + g (``alcore.correction``).
 
-    φ holds random features of the prior's trunk, which never learns, and the energies of the parts whose scale the
-    labels may change: the prior itself (a foundation model's surface is too soft as a whole: Deng et al., npj Comput.
-    Mater. 11, 9 (2025)) and the elastic network. Every model (the prior and each fine-tuned member) has weights of its
+    φ holds random features of the prior's trunk, which never learns, and the energy of the elastic network, whose scale
+    the labels may change. (The scale of a trained prior they may not: at end states at rest it pulls, so they would
+    take its whole surface away.) Every model (the prior and each fine-tuned member) has weights of its
     own, fitted to what it leaves unexplained; the posterior covariance is common and rests on the prior's residuals.
     Relaxations follow the frozen prior, or the committee's mean once that predicts better.
 
@@ -48,7 +49,6 @@ class MaceSurrogate:
         lead: which surface relaxations follow.
         features: random features on the prior's descriptors, or None.
         networks: what is known of each set of atoms before any label, under every model (``network.ElasticNetwork``).
-        scaled: whether φ holds the prior's own energy.
         correction: None before the first label, or without correction; its weights' rows are the prior, then the
             members.
         known: g's part of it by ``atoms_key``.
@@ -62,7 +62,6 @@ class MaceSurrogate:
     lead: Lead = "prior"
     features: RandomFeatures | None = None
     networks: Mapping[bytes, ElasticNetwork] = field(default_factory=dict)
-    scaled: bool = False
     correction: Correction | None = None
     known: Mapping[bytes, Known] = field(default_factory=dict)
     rows: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
@@ -74,16 +73,16 @@ class MaceSurrogate:
         return next(iter(self.prior.parameters()))
 
     @property
-    def n_scales(self) -> int:
-        """Columns of φ after the random features: the prior's energy, the network's."""
-        return int(self.scaled) + int(bool(self.networks))
+    def elsewhere(self) -> Calibration:
+        """What other runs found for surrogates over such a prior."""
+        return OVER_UNTRAINED if self.networks else OVER_TRAINED
 
     def describe(self) -> dict[str, Any]:
         """Plain values: which surface leads and what the correction's evidence found, besides ``notes``."""
         found: dict[str, Any] = {**self.notes, "lead": self.lead, "n_members": len(self.members)}
         if self.correction is None:
             return found
-        hyper, scales = self.correction.hyper, self.correction.weights[0, -self.n_scales :].tolist()
+        hyper = self.correction.hyper
         found["correction"] = {
             "precision": hyper.precision,
             "force_noise_ev_per_ang": hyper.force_noise_ev_per_ang,
@@ -93,9 +92,7 @@ class MaceSurrogate:
         if hyper.kernel:
             found["correction"] |= {"amplitude_ev": hyper.amplitude_ev, "length_ang": hyper.length_ang}
         if self.networks:
-            found["network_scale"] = 1.0 + scales[-1]
-        if self.scaled:
-            found["prior_scale"] = 1.0 + scales[0]
+            found["network_scale"] = 1.0 + float(self.correction.weights[0, -1])
         return found
 
     def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -190,8 +187,6 @@ class MaceSurrogate:
             blocks = element_index(template, self.features, len(host)).to(self.like.device)
             nodes = self.features.of_nodes(descriptors, blocks)
             columns.append(nodes.reshape(len(host), len(template), -1).sum(dim=1) @ self.features.basis)
-        if self.scaled:
-            columns.append(out["energy"][:, None])
         if self.networks:
             columns.append(host[:, None])
         return torch.cat(columns, dim=1) if columns else host.new_zeros((len(host), 0))
@@ -233,12 +228,12 @@ class MaceSurrogate:
         out = self.prior(graph, compute_force=False)
         host = self._host(graph, structure)
         phi = self._phi(out, host, structure)[0]
-        n_random = len(phi) - self.n_scales
+        n_random = len(phi) - bool(self.networks)
         if self.features is None or n_random <= 3 * len(structure):
             gradient = self._backward(phi, graph["positions"])
         else:
-            scales = self._backward(phi[n_random:], graph["positions"])
-            gradient = torch.cat([self._forward(out["node_feats"], graph, structure), scales])
+            network = self._backward(phi[n_random:], graph["positions"])
+            gradient = torch.cat([self._forward(out["node_feats"], graph, structure), network])
         return _numpy(phi), -_numpy(gradient).T
 
     def _backward(self, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ def draw_path(run: RunRecord, generations: Generations, labels: Labels, path: st
 
 
 def _mark_segments(axes: Axes, band: Band) -> None:
-    """Intermediate minima, at which the band is divided, and the saddle of the segment that limits the rate."""
+    """Intermediate minima, at which the band is divided, and the saddle of the segment that limits the rate forward."""
     if not band.minima:
         return
     wells = list(band.minima)
@@ -132,7 +132,13 @@ def _mark_segments(axes: Axes, band: Band) -> None:
     )
     top = next(segment.saddle for segment in segments(band) if segment.rate_limiting)
     axes.plot(
-        band.coordinate_ang[top], band.energies_ev[top], "^", color=INK, ms=7, zorder=4, label="rate-limiting saddle"
+        band.coordinate_ang[top],
+        band.energies_ev[top],
+        "^",
+        color=INK,
+        ms=7,
+        zorder=4,
+        label="rate-limiting saddle (forward)",
     )
 
 

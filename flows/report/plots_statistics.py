@@ -18,9 +18,16 @@ MIN_SIGMA_EV = 1e-6
 """An initial state's own energy is zero by definition: residuals stated more surely than this say nothing."""
 
 
-def residuals_of(generations: Sequence[GenerationRecord]) -> list[Residual]:
-    """All labels that were held against a prediction with an uncertainty, in order."""
-    found = [residual for generation in generations for record in generation.paths for residual in record.residuals]
+def residuals_of(generations: Sequence[GenerationRecord], labels: Mapping[str, Label]) -> list[Residual]:
+    """All labels that were held against a prediction with an uncertainty, in order; as for the calibration, none that
+    follows by symmetry from another one of the run (``LoopState.independent``)."""
+    found = [
+        residual
+        for generation in generations
+        for record in generation.paths
+        for residual in record.residuals
+        if residual.key not in labels or labels[residual.key].derived_from not in labels
+    ]
     return [
         r for r in found if np.isfinite([r.predicted_ev, r.labelled_ev, r.sigma_ev]).all() and r.sigma_ev > MIN_SIGMA_EV
     ]
@@ -41,7 +48,7 @@ def draw_parity(run: RunRecord, generations: Sequence[GenerationRecord], labels:
     """Predicted before training against labelled energies, and the error by the order of labels."""
     figure = new_figure(7.2, 3.5)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    residuals = residuals_of(generations)
+    residuals = residuals_of(generations, labels)
     if not residuals:
         say(left, "no prediction was tested yet")
         say(right, "")
@@ -91,7 +98,7 @@ def draw_calibration(run: RunRecord, generations: Sequence[GenerationRecord], la
 
     figure = new_figure(7.2, 3.4)
     left, right = figure.subplots(1, 2)
-    residuals = residuals_of(generations)
+    residuals = residuals_of(generations, labels)
     if not residuals:
         say(left, "no stated uncertainty was tested yet")
         say(right, "")

@@ -102,7 +102,13 @@ class PathResult(_Row):
     extrema: list[ExtremumRow] = []
     segments: list[SegmentRow] = Field([], description="in order; where the path passes wells, it is divided there")
     rate_limiting_segment: int | None = Field(
-        None, description="index in segments: its saddle is the highest, in both directions, and is the one verified"
+        None,
+        description="index in segments: its saddle lies furthest above the lowest minimum before it, which limits the "
+        "rate forward",
+    )
+    rate_limiting_ev: Number = Field(None, description="how far above: what the way forward climbs there")
+    verified_segment: int | None = Field(
+        None, description="index in segments: its saddle is the highest, and the one the barrier is verified at"
     )
     saddle_image: int | None = None
     saddle_verified: bool = Field(

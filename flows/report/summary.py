@@ -200,6 +200,8 @@ def _band_values(probed: PathRecord) -> dict[str, Any]:
             "path_length_ang": float(band.coordinate_ang[-1]),
             "segments": [_segment_row(segment) for segment in parts],
             "rate_limiting_segment": next(k for k, segment in enumerate(parts) if segment.rate_limiting),
+            "rate_limiting_ev": next(segment.span_ev for segment in parts if segment.rate_limiting),
+            "verified_segment": next(k for k, segment in enumerate(parts) if segment.highest),
         }
     if barrier is not None:
         std = probed.barrier_std_ev

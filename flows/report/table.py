@@ -126,7 +126,13 @@ def _path_lines(path: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str
             f"{k + 1}: {number(s['barrier_forward_ev'])} eV forward, {number(s['barrier_reverse_ev'])} eV reverse"
             for k, s in enumerate(path["segments"])
         )
-        lines.append(f"  its segments, of which number {path['rate_limiting_segment'] + 1} is rate-limiting: {parts}")
+        limiting, highest = path["rate_limiting_segment"] + 1, path["verified_segment"] + 1
+        lines.append(f"  its segments, of which number {limiting} is rate-limiting forward: {parts}")
+        if limiting != highest:
+            lines.append(
+                f"  the barrier is that of number {highest}, the highest saddle above the initial state; but number "
+                f"{limiting} climbs {number(path['rate_limiting_ev'])} eV from a well before it, and limits the rate"
+            )
     lines += [f"  {jump}" for jump in path["spin_jumps"]]
     if not path["neb_converged"]:
         lines.append(f"  the band is not relaxed on the surrogate ({path['neb_reason'] or path['neb_status']})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from alcore.endpoints import make_pair
 from alcore.gaussian_process import Matern
 from alcore.identity import label_key
 from alcore.types import EndpointPair, FloatArray, Label, LabelRequest, Structure
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 STRUCTURES = Path(__file__).parents[2] / "config" / "structures"
 
@@ -205,3 +208,18 @@ def untrained_model(au_pair: EndpointPair) -> Any:
     from alcore.mace.models import build_model
 
     return build_model([int(z) for z in au_pair.initial.numbers], 0)
+
+
+@pytest.fixture(scope="session")
+def bench(untrained_model: Any) -> Callable[..., Any]:
+    """A ``loop_bench.Bench`` with an EMT labeler made of what is passed."""
+    from loop_bench import Bench
+
+    return lambda **kwargs: Bench(model=untrained_model, labeler=EmtLabeler(**kwargs))
+
+
+@pytest.fixture(scope="session")
+def finished(bench: Callable[..., Any], au_pair: EndpointPair) -> tuple[Any, Any]:
+    """State and bench of the uninterrupted run that others are compared with."""
+    place = bench()
+    return place.run(au_pair), place

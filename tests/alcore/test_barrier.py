@@ -181,9 +181,11 @@ def test_force_of_a_failed_label_is_unknown() -> None:
     assert label_fmax(None) is None
 
 
-def test_a_rival_is_a_saddle_of_another_segment_that_may_be_the_highest() -> None:
+@pytest.mark.parametrize("minima", [(), (6,)])
+def test_a_rival_is_another_hump_that_may_be_the_highest(minima: tuple[int, ...]) -> None:
+    """Whether the band is divided between the two or not."""
     energy, slope = _double_hump(0.05)  # the second hump is 25 meV higher
-    band = replace(_band(energy, slope), minima=(6,))
+    band = replace(_band(energy, slope), minima=minima)
     first, second = (int(k) for k in (band.energies_ev[:6].argmax(), 6 + band.energies_ev[6:].argmax()))
     assert band.energies_ev[second] - band.energies_ev[first] == pytest.approx(0.025, abs=1e-3)
 
@@ -199,7 +201,17 @@ def test_a_rival_is_a_saddle_of_another_segment_that_may_be_the_highest() -> Non
     assert doubtful_rival(replace(band, sigma_ev=known), 0.02) is None  # they do, but within the tolerance
     assert doubtful_rival(replace(band, sigma_ev=known), 0.01) == first
     assert rival(rest=0.1) is None  # the highest one's own uncertainty makes no rival
-    assert doubtful_rival(replace(band, sigma_ev=np.full(len(band.energies_ev), 0.1), minima=()), 0.01) is None
+
+
+def test_images_of_one_hump_are_no_rivals() -> None:
+    """Nor is a wiggle beside its top, or a path without any hump."""
+    energies = np.array([0.0, 0.3, 0.4, 0.3995, 0.4002, 0.3, 0.1])
+    band = _band(lambda s: 0 * s, lambda s: 0 * s, n=7)
+    unsure = np.full(7, 0.1)
+    for values in (energies, np.sort(energies), np.sort(energies)[::-1]):
+        assert doubtful_rival(replace(band, energies_ev=values, sigma_ev=unsure), 0.01) is None
+    dip = np.array([0.0, 0.3, 0.4, 0.39, 0.399, 0.3, 0.1])
+    assert doubtful_rival(replace(band, energies_ev=dip, sigma_ev=unsure), 0.01) == 4
 
 
 def test_a_residual_remembers_its_image() -> None:

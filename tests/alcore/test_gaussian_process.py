@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alcore import gaussian_process
 from alcore.gaussian_process import LabelCovariance, Matern
 from alcore.types import FloatArray
 
@@ -144,3 +145,28 @@ def test_energy_and_slope_of_one_place_carry_along_the_slope() -> None:
     found = [float((e @ energy + np.tensordot(f, force, axes=2)).item()) for e, f in map(label.crossed, (near, far))]
     assert found[0] == pytest.approx(0.3 - 0.5 * 0.01 + 0.2 * 0.02, abs=5e-4)
     assert found[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_many_labels_along_a_path_need_few_directions() -> None:
+    """60 labels of a curved path and a little about it: one of them held out is predicted as with all directions."""
+    rng = np.random.default_rng(5)
+    along = np.linspace(0.0, 3.0, 60)
+    path = np.stack([along, np.sin(along), 0.3 * along**2, *np.zeros((57, 60))], axis=1)
+    places = path + 0.01 * rng.standard_normal(path.shape)
+    kernel = Matern(amplitude_ev=0.5, length_ang=1.5)
+    noise = np.full(60, 0.005)
+    slope = np.array([0.5, -0.3, 0.2] + 57 * [0.0])
+    energies = np.sin(places @ slope)
+    forces = -np.cos(places @ slope)[:, None] * slope
+    predicted = {}
+    for kept in (gaussian_process.MAX_SPANNED, 60):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gaussian_process, "MAX_SPANNED", kept)
+            covariance = LabelCovariance(places[1:], kernel, noise[1:], noise[1:])
+        assert covariance.rows_within == 59 * (1 + min(kept, 58))
+        pull, push = covariance.solve(energies[1:, None], forces[1:, :, None])
+        value, slopes = covariance.crossed(places[:1])
+        predicted[kept] = float((value @ pull)[0, 0] + np.einsum("pnd,ndk->pk", slopes, push)[0, 0])
+    few, all_ = predicted.values()
+    assert few == pytest.approx(all_, abs=2e-3)
+    assert few == pytest.approx(energies[0], abs=0.01)

@@ -3,82 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from loop_bench import AU_BARRIER_EV, BARRIER_EV, EVERY_CALL, SPEC, Bench, assert_counted_honestly, barrier_of
 
-from alcore.endpoints import relax_end_state
 from alcore.identity import label_key
-from alcore.loop import begin, reopened, run_loop
-from alcore.mace.trainer import MaceTrainer, ModelSpec
-from alcore.mace.training import TrainSpec
-from alcore.neb import NebSpec
-from alcore.runner import PlainRunner
-from alcore.state import LoopSpec, LoopState, Workshop
+from alcore.loop import begin, reopened
+from alcore.state import LoopState
 from alcore.stopping import StopSpec
 from alcore.types import EndpointPair, GenerationRecord, Label
-from storage.memory import MemoryStore
 
-AU_BARRIER_EV = 0.3745
-"""Au on Al(100), EMT, from an ordinary CI-NEB at 0.01 eV/Å."""
-BARRIER_EV = 0.010
 CALLS = 15
 SAME_EV = 1e-6
-SPEC = LoopSpec(run="au", neb=NebSpec(n_images=3), stop=StopSpec(max_labels=30))
-EVERY_CALL = replace(SPEC, neb=replace(SPEC.neb, symmetry=False))
-
-
-@dataclass
-class Bench:
-    """Everything a run needs. What a second process would find is the store alone: each run makes a new trainer."""
-
-    model: Any
-    labeler: Any
-    store: MemoryStore = field(default_factory=MemoryStore)
-
-    def shop(
-        self, on_generation: Callable[[GenerationRecord, Mapping[str, Label]], None] = lambda record, labels: None
-    ) -> Workshop:
-        spec = ModelSpec(seed=0, committee=2, train=TrainSpec(epochs=8, warm_epochs=4), features_per_element=48)
-        trainer = MaceTrainer(
-            self.model, spec, untrained=True, save_model=self.store.save_model, load_model=self.store.load_model
-        )
-        return Workshop(
-            labeler=self.labeler, trainer=trainer, store=self.store, runner=PlainRunner(), on_generation=on_generation
-        )
-
-    def run(
-        self, *pairs: EndpointPair, spec: LoopSpec = SPEC, given: tuple[Label, ...] = (), **kwargs: Any
-    ) -> LoopState:
-        shop = self.shop(**kwargs)
-        return run_loop(begin(pairs, spec, shop, given), spec, shop)
-
-
-@pytest.fixture(scope="module")
-def bench(untrained_model: Any, emt_labeler: Any) -> Callable[..., Bench]:
-    return lambda **kwargs: Bench(model=untrained_model, labeler=emt_labeler(**kwargs))
-
-
-@pytest.fixture(scope="module")
-def finished(bench: Callable[..., Bench], au_pair: EndpointPair) -> tuple[LoopState, Bench]:
-    """The uninterrupted run that others are compared with."""
-    place = bench()
-    return place.run(au_pair), place
-
-
-def barrier_of(state: LoopState, path: str = "hop") -> float:
-    record = state.last(path)
-    assert record is not None
-    assert record.verified_barrier_ev is not None, record.decision.reason
-    return record.verified_barrier_ev
-
-
-def assert_counted_honestly(state: LoopState, place: Bench) -> None:
-    last = state.records[-1]
-    assert last.n_reference_calls == len(place.labeler.calls)
-    assert sum(n for kind, n in last.calls_by_kind.items() if kind != "failed") == last.n_reference_calls
 
 
 def test_au_on_aluminium_converges_from_no_prior(finished: tuple[LoopState, Bench]) -> None:
@@ -347,70 +286,3 @@ def test_end_states_that_must_not_be_relaxed_are_refused(bench: Callable[..., Be
     assert state.decision.code == "end_state_not_minimum"
     assert "final" in state.decision.reason
     assert len(place.labeler.calls) == 2
-
-
-@pytest.mark.slow
-def test_two_hops_share_one_model_and_their_common_end_state(
-    bench: Callable[..., Bench], au_pair: EndpointPair, emt: Any
-) -> None:
-    """Along the other side of the square cell: the same barrier by symmetry."""
-    place = bench()
-    moved = au_pair.initial.positions.copy()
-    moved[-1, 1] += 0.5 * au_pair.initial.cell[1, 1]
-    target = relax_end_state(emt, au_pair.initial.moved(moved), 0.01)
-    assert target.status == "converged"
-    other = replace(au_pair, name="across", final=au_pair.initial.moved(target.positions[0]))
-    state = place.run(au_pair, other)
-    assert state.decision.code == "converged", state.decision.reason
-    for name in ("hop", "across"):
-        assert barrier_of(state, name) == pytest.approx(AU_BARRIER_EV, abs=BARRIER_EV)
-    assert [p.path for p in state.records[-1].paths] == ["hop", "across"]
-    assert state.records[0].n_reference_calls == 1, "all three end states are images of one"
-    asked = [[p.path for p in record.paths if p.label_keys] for record in state.records[1:]]
-    assert all(len(names) == 1 for names in asked), "one hop at a time"
-    assert {name for names in asked for name in names} == {"hop", "across"}
-    assert_counted_honestly(state, place)
-
-
-def test_the_image_of_a_labelled_end_state_costs_no_call(
-    finished: tuple[LoopState, Bench], bench: Callable[..., Bench], au_pair: EndpointPair, label_of: Any
-) -> None:
-    """The final state follows from the initial one, two layers of the slab fixed, and is what the reference says."""
-    state, _ = finished
-    record = state.last("hop")
-    assert record is not None
-    (derived,) = [label for label in state.labels.values() if label.derived_from]
-    assert (derived.key, derived.derived_from) == (record.final_label, record.initial_label)
-    real = label_of(derived.structure)
-    assert derived.energy_ev == pytest.approx(real.energy_ev, abs=1e-6)
-    np.testing.assert_allclose(derived.forces, real.forces, atol=1e-5)
-    assert state.records[-1].n_labels_reused == 0
-    assert "final" not in state.records[-1].calls_by_kind
-
-
-def test_an_image_is_no_witness_for_a_label_that_lies(bench: Callable[..., Bench], au_pair: EndpointPair) -> None:
-    """Initial and derived final state are one answer, not two: the saddle's label alone can put it in doubt."""
-    liar = label_key(au_pair.initial, "emt-in-process")
-
-    def spoil(call: int, label: Label) -> Label:
-        return replace(label, energy_ev=(label.energy_ev or 0.0) + 1000.0) if label.key == liar else label
-
-    place = bench(spoil=spoil)
-    state = place.run(au_pair)
-    derived = {label.key for _, label in state.asked.values() if label.derived_from == liar}
-    assert derived
-    assert {liar, *derived} <= set(state.doubts)
-    assert not {liar, *derived} & {label.key for label in state.dataset.labels}
-    assert state.decision.code == "converged", state.decision.reason
-    assert_counted_honestly(state, place)
-
-
-def test_another_run_takes_derived_labels_from_the_store_unless_told_not_to(
-    finished: tuple[LoopState, Bench], bench: Callable[..., Bench], au_pair: EndpointPair
-) -> None:
-    ends_only = StopSpec(max_generations=0)
-    for spec, calls in ((SPEC, []), (EVERY_CALL, [label_key(au_pair.final, "emt-in-process")])):
-        place = replace(bench(), store=finished[1].store)
-        state = place.run(au_pair, spec=replace(spec, run=f"ends {len(calls)}", stop=ends_only))
-        assert place.labeler.calls == calls
-        assert state.records[-1].n_labels_reused == 1

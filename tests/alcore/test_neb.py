@@ -187,7 +187,8 @@ def test_the_band_is_that_of_fire_with_far_fewer_evaluations(
     assert found.energies_ev.max() == pytest.approx(expected.energies_ev.max(), abs=BARRIER_EV)
     assert np.abs(found.positions[found.climbing_image] - expected.positions[expected.climbing_image]).max() < 0.02
     assert 2 * sum(quick.images) < sum(slow.images)
-    assert set(quick.images[2:]) == {5, 1}  # the end states once, with the first; in the end the climbing image alone
+    # the end states once, with the first; in the end the climbing image alone, and then those beside it
+    assert {5, 1} <= set(quick.images[2:]) <= {5, 4, 1}
 
 
 class Stiff:
@@ -314,3 +315,69 @@ def test_contact_is_found_across_boundaries_and_without_a_cell() -> None:
     far = closest_contact(Structure.from_atoms(Atoms("Cu2", positions=[[-100, 0, 0], [-99, 0, 0]])))
     assert far is not None
     assert far[2] == pytest.approx(1 / 2.64)
+
+
+class Soft:
+    """One hump along x; the valley, of stiffness ``c``, bends by ``bend`` Å at the top, in y."""
+
+    def __init__(self, c: float, bend: float) -> None:
+        self.c, self.bend = c, bend
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        x, y, z = positions[:, 0].T
+        k = np.pi
+        off = y - self.bend * np.sin(k * x / 2) ** 2
+        forces = np.zeros_like(positions)
+        forces[:, 0, 0] = -0.15 * k * np.sin(k * x)
+        forces[:, 0, 0] += self.c * off * self.bend * k * np.sin(k * x / 2) * np.cos(k * x / 2)
+        forces[:, 0, 1], forces[:, 0, 2] = -self.c * off, -4.0 * z
+        return 0.15 * (1 - np.cos(k * x)) + 0.5 * self.c * off**2 + 2.0 * z**2, forces
+
+
+@pytest.mark.parametrize("stiffness", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("bend", [0.3, 0.5])
+def test_the_stated_force_is_that_of_the_band_with_its_refined_saddle(stiffness: float, bend: float) -> None:
+    """The saddle moves on, and its neighbours with it until they too are below the limit."""
+    atom = Structure.from_atoms(Atoms("H", positions=[[0.0, 0, 0]]))
+    start = np.zeros((9, 1, 3))
+    start[:, 0, 0] = np.linspace(0, 2, 9)
+    spec = NebSpec()
+    found = relax_band(Soft(stiffness, bend), atom, start, spec)
+    assert found.status == "converged"
+    assert found.climbing_image is not None
+    left = neb_forces(found.positions, found.energies_ev, found.forces, spec.spring_ev_per_ang2, found.climbing_image)
+    largest = np.linalg.norm(left, axis=2).max(axis=1)
+    assert found.fmax_ev_per_ang == pytest.approx(largest.max())
+    assert largest.max() < spec.fmax_ev_per_ang
+    assert largest[found.climbing_image - 1] < 0.2 * spec.fmax_ev_per_ang
+    energies, forces = Soft(stiffness, bend).evaluate(atom, found.positions)
+    np.testing.assert_allclose(found.energies_ev, energies, atol=1e-12)
+    np.testing.assert_allclose(found.forces, forces, atol=1e-12)
+
+
+def test_a_band_climbs_before_it_may_be_called_converged(au_pair: EndpointPair, emt: Any) -> None:
+    """Four images: without climbing none of them is the saddle."""
+    spec = NebSpec(n_images=4, fmax_ev_per_ang=0.5)
+    assert spec.fmax_ev_per_ang > spec.climb_below_ev_per_ang
+    found = relax_band(emt, au_pair.initial, interpolate(au_pair, spec), spec)
+    assert found.status == "converged"
+    assert found.climbing_image is not None
+
+
+def test_forces_before_and_after_an_image_climbs_are_not_compared(
+    au_pair: EndpointPair, emt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They differ by more than the step between them: taken for curvature, that would spoil the memory."""
+    fresh: list[bool] = []
+    step = Lbfgs.step
+
+    def watched(self: Lbfgs, force: FloatArray) -> FloatArray:
+        if len(force) == 5:  # of the whole band
+            fresh.append(self.last is None)
+        return step(self, force)
+
+    monkeypatch.setattr(Lbfgs, "step", watched)
+    spec = NebSpec(n_images=5)
+    assert relax_band(emt, au_pair.initial, interpolate(au_pair, spec), spec).climbing_image is not None
+    assert fresh[0]
+    assert sum(fresh) == 2

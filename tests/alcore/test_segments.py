@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from alcore.barrier import find_extrema
 from alcore.endpoints import make_pair
 from alcore.neb import NebSpec, Relaxed, interpolate, path_coordinate, relax_band
-from alcore.segments import SAME_PLACE_ANG, relax_path, resampled, segments
+from alcore.segments import ONE_WELL_ANG, relax_path, resampled, segments
 from alcore.types import Band, EndpointPair, FloatArray, Structure
 
 SADDLE_EV = 1.5e-3
@@ -86,7 +86,7 @@ def test_a_path_over_a_well_is_divided_there() -> None:
     np.testing.assert_allclose(found.positions[[first.saddle, second.saddle], 0, 0], [1.0, 3.0], atol=0.02)
 
 
-def test_three_humps_are_three_segments_and_the_first_limits_uphill_of_the_others() -> None:
+def test_of_three_humps_that_climb_alike_on_the_way_down_the_highest_is_called_rate_limiting() -> None:
     template, start = _atom(6.0, 11)
     band = _band(template, relax_path(Humps(tilt=-0.05, bend=0.0), template, start, SPEC))
     assert len(band.minima) == 2
@@ -166,6 +166,60 @@ def test_doubts_are_asked_about_the_whole_path_and_stop_it() -> None:
     assert found.reason.endswith("too far")
 
 
+class Restless(Humps):
+    """Humps that pull to and fro wherever images lie closer than 0.4 Å: the halves of a divided band never rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sign = 1.0
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        energies, forces = super().evaluate(template, positions)
+        if len(positions) > 1 and np.abs(np.diff(positions[:, 0, 0])).min() < 0.4:
+            self.sign = -self.sign
+            forces[1:-1, 0, 2] += 0.5 * self.sign
+        return energies, forces
+
+
+def test_a_division_that_does_not_converge_leaves_the_band_whole() -> None:
+    """No label need ever change that: the whole band is what there is to confirm, and it says what it passes over."""
+    template, start = _atom(4.0)
+    found = relax_path(Restless(), template, start, replace(SPEC, max_steps=150))
+    assert (found.status, found.minima, len(found.positions)) == ("converged", (), 9)
+    assert found.reason.startswith("not divided at the well by image 4: segment 1: force ")
+    assert relax_path(Humps(), template, start, replace(SPEC, max_steps=150)).reason == ""
+
+
+def test_a_division_that_is_doubted_is_where_a_label_is_due() -> None:
+    template, start = _atom(4.0)
+    found = relax_path(Humps(), template, start, SPEC, doubt=lambda p: "too far" if len(p) > 9 else "")
+    assert (found.status, found.reason) == ("guarded", "segment 1: too far")
+    assert len(found.minima) == 1
+
+
+class Hollow(Humps):
+    """A well at 0, and a lower one at 2 Å with nothing between; then a hump to 4 Å."""
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        energies, forces = super().evaluate(template, positions)
+        x, k = positions[:, 0, 0], np.pi
+        before = x < 2.0
+        fall = -0.1 * (1 - np.cos(0.5 * k * np.clip(x, 0.0, 2.0)))
+        forces[:, 0, 0] += np.where(before, 0.5 * self.height * k * np.sin(k * x), 0.0)
+        forces[:, 0, 0] += np.where(before, 0.05 * k * np.sin(0.5 * k * np.clip(x, 0.0, 2.0)), 0.0)
+        return energies - np.where(before, 0.5 * self.height * (1 - np.cos(k * x)), 0.0) + fall, forces
+
+
+def test_a_part_without_a_saddle_of_its_own_is_joined_to_its_neighbour() -> None:
+    """The last surrogate had two humps, this one has the second alone; its end states are no saddles of the first."""
+    template, start = _atom(4.0)
+    divided = relax_path(Humps(bend=0.0), template, start, SPEC)
+    assert len(divided.minima) == 1
+    found = relax_path(Hollow(bend=0.0), template, divided.positions, SPEC, minima=divided.minima)
+    assert found.status == "converged"
+    assert found.minima == ()
+
+
 @given(st.integers(1, 12), st.integers(2, 9), st.integers(0, 1000))
 def test_resampled_images_lie_evenly_on_the_same_line(n_images: int, n_given: int, seed: int) -> None:
     line = np.cumsum(np.random.default_rng(seed).uniform(0.1, 1.0, size=n_given))[:, None, None] * np.ones((1, 2, 3))
@@ -201,7 +255,7 @@ def test_a_two_hump_hop_has_the_extrema_of_finely_relaxed_bands(adatom: Endpoint
     hollow[-1].position = 0.5 * (ends[0][-1].position + ends[1][-1].position) + np.array([0.0, 0.6, 0.0])
     hollow.calc = EMT()
     BFGS(hollow, logfile=None).run(fmax=0.005)
-    assert np.linalg.norm(hollow.positions - found.positions[well], axis=1).max() < SAME_PLACE_ANG
+    assert np.linalg.norm(hollow.positions - found.positions[well], axis=1).max() < ONE_WELL_ANG
     zero = found.energies_ev[0]
     assert found.energies_ev[well] == pytest.approx(hollow.get_potential_energy(), abs=WELL_EV)
     fine = replace(SPEC, n_images=13, fmax_ev_per_ang=0.005)
@@ -217,3 +271,20 @@ def test_a_two_hump_hop_has_the_extrema_of_finely_relaxed_bands(adatom: Endpoint
     extrema = find_extrema(_band(adatom.initial, found))
     assert [e.kind for e in extrema] == ["maximum", "minimum", "maximum"]
     assert [e.image for e in extrema] == [parts[0].saddle, well, parts[1].saddle]
+
+
+def test_a_deep_well_makes_the_lower_saddle_behind_it_rate_limiting() -> None:
+    """0.5 eV from the initial state are verified; but 0.8 eV out of the well have to be climbed after it."""
+    template, start = _atom(4.0, 3)
+    band = replace(
+        _band(template, relax_path(Humps(), template, start, replace(SPEC, n_images=3))),
+        energies_ev=np.array([0.0, 0.5, -0.4, 0.4, 0.0]),
+        sigma_ev=np.zeros(5),
+        minima=(2,),
+    )
+    first, second = segments(band)
+    assert (first.span_ev, second.span_ev) == pytest.approx((0.5, 0.8))
+    assert (first.rate_limiting, second.rate_limiting) == (False, True)
+    assert (first.highest, second.highest) == (True, False)
+    third = replace(band, energies_ev=np.array([0.0, 0.5, 0.2, 0.6, 0.0]))
+    assert [part.span_ev for part in segments(third)] == pytest.approx([0.5, 0.6]), "out of the initial state"

@@ -165,7 +165,36 @@ def test_where_two_humps_compete_the_less_certain_one_is_asked() -> None:
     (found,) = _pick(band, covariance=covariance, strategy="barrier-variance")
     assert (found.kind, found.image) == ("uncertain", 6)
     (default,) = _pick(band, covariance=covariance)
+    assert (default.kind, default.image) == ("uncertain", 6)
+    (default,) = _pick(replace(band, sigma_ev=np.minimum(band.sigma_ev, 0.005)), covariance=covariance)
     assert (default.kind, default.image) == ("saddle", 2)
+
+
+def _two_humps(sigma_of_saddle_ev: float) -> Band:
+    """Divided in the middle; the second hump is 20 meV lower, give or take 30, and its sides are no better known."""
+    sigma = np.array([0.0, 0.004, sigma_of_saddle_ev, 0.004, 0.004, 0.025, 0.03, 0.025, 0.004])
+    energies = np.array([0.0, 0.3, 0.5, 0.3, 0.1, 0.3, 0.48, 0.3, 0.0])
+    return _band(energies, minima=(4,), sigma_ev=sigma, sigma_posterior_ev=sigma)
+
+
+def test_a_rival_is_asked_before_the_saddle_and_with_it_where_two_may() -> None:
+    band = _two_humps(0.004)
+    covariance = np.diag(band.sigma_ev**2)
+    for strategy in ("saddle+uncertainty", "uncertainty"):
+        (first,) = _pick(band, covariance=covariance, strategy=strategy)
+        assert (first.kind, first.image) == ("uncertain", 6)
+    both = _pick(band, covariance=covariance, labels_per_generation=2)
+    assert [(c.kind, c.image) for c in both] == [("uncertain", 6), ("saddle", 2)]
+    (alone,) = _pick(band, {key_of(band.structure(6))}, covariance=covariance)
+    assert (alone.kind, alone.image) == ("saddle", 2)
+    (unsure,) = _pick(replace(band, status="guarded"), covariance=covariance)
+    assert unsure.kind == "uncertain"
+
+
+def test_a_rival_that_is_known_better_than_the_saddle_waits() -> None:
+    band = _two_humps(0.04)
+    first, second = _pick(band, covariance=np.diag(band.sigma_ev**2), labels_per_generation=2)
+    assert [(c.kind, c.image) for c in (first, second)] == [("saddle", 2), ("uncertain", 6)]
 
 
 def test_the_gain_of_a_label_is_what_the_variance_of_the_highest_energy_falls_by() -> None:

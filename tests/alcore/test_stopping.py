@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from alcore.stopping import StopSpec, budget, decide, overall, unmet
+from alcore.barrier import estimate_barrier
+from alcore.stopping import StopSpec, budget, decide, hop_budget, overall, unmet
 from alcore.types import Band, BarrierEstimate, Decision, PathRecord, Residual, Structure
 
 SPEC = StopSpec(barrier_tolerance_ev=0.01, saddle_fmax_ev_per_ang=0.05, max_generations=5, max_labels=10)
@@ -162,19 +163,23 @@ def test_a_flat_band_between_restless_end_states_is_not_called_barrierless(settl
 
 
 @pytest.mark.parametrize(
-    ("calls", "generation", "code"),
-    [
-        (9, 4, None),
-        (10, 0, "label_budget"),
-        (11, 0, "label_budget"),
-        (0, 5, "generation_budget"),
-        (10, 5, "label_budget"),
-    ],
+    ("calls", "code"),
+    [(9, None), (10, "label_budget"), (11, "label_budget")],
 )
-def test_budgets(calls: int, generation: int, code: str | None) -> None:
-    found = budget(calls, generation, SPEC)
+def test_the_budget_of_a_run(calls: int, code: str | None) -> None:
+    found = budget(calls, SPEC)
     assert (found.code if found else None) == code
     assert found is None or found.stop
+
+
+def test_the_budget_of_a_hop_counts_the_generations_in_which_it_asked(settled: PathRecord) -> None:
+    """After that of the end states; not those in which it waited."""
+    waited = replace(settled, label_keys=())
+    assert hop_budget([settled] * 5, SPEC) is None
+    assert hop_budget([settled, waited] * 5, SPEC) is None
+    found = hop_budget([settled, waited, *[settled] * 5], SPEC)
+    assert found is not None
+    assert (found.stop, found.code) == (True, "generation_budget")
 
 
 def test_the_run_goes_on_until_every_hop_is_settled(settled: PathRecord) -> None:
@@ -251,3 +256,39 @@ def test_another_segment_that_may_be_higher_prevents_convergence(settled: PathRe
         sigmas = np.array([0.0, 0.004, 0.004, 0.004, sigma, 0.004, 0.004])
         record = replace(settled, band=replace(band, sigma_ev=sigmas))
         assert unmet(record, SPEC) == says
+
+
+def test_a_lower_hump_of_a_whole_band_prevents_convergence_likewise(settled: PathRecord) -> None:
+    band = _band([0.0, 0.2, 0.405, 0.3, 0.40, 0.2, 0.1])
+    record = replace(settled, band=replace(band, sigma_ev=np.array([0, 0.004, 0.004, 0.03, 0.06, 0.03, 0.004])))
+    assert unmet(record, SPEC) == ["the saddle at image 4, ± 60 meV, may be the highest"]
+
+
+def _pulled(band: Band, image: int, slope_ev_per_ang: float) -> Band:
+    """The band with this slope of the energy along it at one image."""
+    forces = np.array(band.forces)
+    forces[image, 0, 0] = -slope_ev_per_ang
+    return replace(band, forces=forces)
+
+
+def test_a_minimum_behind_a_small_barrier_between_two_images_is_one(settled: PathRecord) -> None:
+    """The images fall all the way; the force on the second says that a hump of 11 meV lies before it."""
+    falling = _band([0.0, -0.04, -0.1, 0.1, -0.2])
+    label = _residual(key="other", kind="uncertain", labelled_ev=-0.09, predicted_ev=-0.1, image=2)
+    record = replace(settled, band=falling, residuals=(label,), saddle_key="", verified_barrier_ev=None)
+    assert decide(record, SPEC).code == "end_state_not_minimum"
+    assert decide(replace(record, band=_pulled(falling, 1, -1.0)), SPEC).code == "continue"
+    rising = _band([-0.2, 0.1, -0.1, -0.04, 0.0])
+    label = replace(label, labelled_ev=-0.09)
+    record = replace(record, band=rising, residuals=(label,))
+    assert decide(record, SPEC).reason.startswith("the final state is no minimum: image 2, 0.50 Å along the band")
+    assert decide(replace(record, band=_pulled(rising, 3, 1.0)), SPEC).code == "continue"
+
+
+def test_a_barrier_between_two_images_is_not_called_none(settled: PathRecord) -> None:
+    flat = _flat(settled)
+    assert flat.band is not None
+    band = _pulled(flat.band, 1, -1.0)
+    decision = decide(replace(flat, band=band, barrier=estimate_barrier(band)), SPEC)
+    assert decision.code == "continue"
+    assert "no image on the saddle, 38 meV high between two of them: give more images" in decision.reason

@@ -283,3 +283,48 @@ def test_nothing_follows_where_the_surroundings_differ(au_pair: EndpointPair, la
         first, last = (replace(s, **change) for s in (au_pair.initial, au_pair.final))  # type: ignore[arg-type]
         assert derived_label(last, [label_of(first)]) is None
         assert find_isometry(first, last, NEARLY_ANG) is None
+
+
+def test_open_and_periodic_directions_are_told_apart() -> None:
+    """Across 10 Å of vacuum no atom sees the difference, but a calculation does."""
+    here = slab()
+    assert find_isometry(here, replace(here, pbc=(True, True, True)), 0.01) is None  # type: ignore[arg-type]
+
+
+def test_fixed_atoms_stay_where_they_are(au_pair: EndpointPair) -> None:
+    """The free ones of the final state are all off to one side: the image is not shifted half the way after them."""
+    off = np.where(au_pair.final.fixed, 0.0, 0.01 + np.random.default_rng(0).normal(scale=0.008, size=(1, 3)))
+    pair = replace(au_pair, final=au_pair.final.moved(au_pair.final.positions + off))
+    (start, end), said = symmetric_ends(ends(pair), pair)
+    assert "one label serves both" in said
+    fixed = pair.initial.fixed
+    assert np.abs((end.structure.positions - pair.final.positions)[fixed]).max() < EXACT_ANG
+    assert find_isometry(start.structure, end.structure, EXACT_ANG) is not None
+
+
+@pytest.mark.parametrize("noise_ang", [0.0, 0.005])
+def test_fixed_atoms_of_a_molecule_fit_exactly_or_not_at_all(noise_ang: float) -> None:
+    """A molecule can be turned by any angle, and the free atoms must not turn those that are fixed."""
+    here = ethanol()
+    fixed = here.fixed.copy()
+    fixed[:3] = True
+    here, rng = replace(here, fixed=fixed), np.random.default_rng(1)
+    rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    shake = np.where(fixed, 0.0, rng.normal(scale=noise_ang, size=fixed.shape))
+    other = carried(here, rotation, np.ones(3), np.arange(len(here)), shake)
+    found = find_isometry(here, other, NEARLY_ANG)
+    assert (found is None) is (noise_ang > 0)
+    if found is not None:
+        assert np.abs((found.image(here, other.positions) - other.positions)[fixed]).max() < EXACT_ANG
+
+
+def test_a_hop_is_not_made_the_state_it_began_in() -> None:
+    """Two atoms in a cell: half of a small step each way is within the tolerance of no step at all."""
+    atoms = Atoms("CO", positions=[[0, 0, 0], [2.0, 0.3, 0.2]], cell=[4, 5, 6], pbc=True)
+    first = Structure.from_atoms(atoms)
+    atoms.positions[1, 0] += 0.058
+    pair = EndpointPair(name="hop", initial=first, final=Structure.from_atoms(atoms))
+    assert find_isometry(pair.initial, pair.final, NEARLY_ANG) is not None
+    (_, end), said = symmetric_ends(ends(pair), pair)
+    assert said == ""
+    np.testing.assert_array_equal(end.structure.positions, pair.final.positions)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alcore.correction import ENERGY_NOISE_EV
 from alcore.types import Calibration, CommitteePrediction, FloatArray, Residual
-from alcore.uncertainty import PRIOR_FACTOR, calibrate, calibrated, combined, relative_sigmas
+from alcore.uncertainty import OVER_TRAINED, OVER_UNTRAINED, calibrate, calibrated, combined, relative_sigmas
 
 
 def _prediction(members: FloatArray, covariance: FloatArray | None = None) -> CommitteePrediction:
@@ -68,11 +68,14 @@ def test_parts_and_noise_add_in_quadrature() -> None:
     assert combined(0.0, 0.0) == pytest.approx(ENERGY_NOISE_EV)
 
 
-def test_without_residuals_the_default_stands() -> None:
-    found = calibrate([])
-    assert found.factor == PRIOR_FACTOR
-    assert found.n_residuals == 0
-    assert "default" in found.source
+@pytest.mark.parametrize("others", [OVER_TRAINED, OVER_UNTRAINED])
+def test_without_residuals_of_its_own_a_run_relies_on_others_and_says_so(others: Calibration) -> None:
+    found = calibrate([], others)
+    assert (found.factor, found.n_residuals) == (others.factor, 0)
+    assert found.source == (
+        f"{others.factor:g} from {others.n_residuals} residuals of {others.source}, none of its own yet"
+    )
+    assert others.source in calibrate([_residual(0.0, 0.05)], others).source
 
 
 @given(st.floats(1.0, 30.0), st.integers(0, 1000))
@@ -86,8 +89,8 @@ def test_many_residuals_find_their_own_scale(scale: float, seed: int) -> None:
 
 
 def test_one_lucky_label_does_not_make_it_sure() -> None:
-    lucky = calibrate([_residual(0.0, 0.05)]).factor
-    assert 0.8 * PRIOR_FACTOR < lucky < PRIOR_FACTOR
+    lucky = calibrate([_residual(0.0, 0.05)], OVER_UNTRAINED).factor
+    assert 0.8 * OVER_UNTRAINED.factor < lucky < OVER_UNTRAINED.factor
     assert calibrate([_residual(0.5, 0.05)]).factor > 4.0
 
 

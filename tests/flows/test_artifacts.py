@@ -145,12 +145,26 @@ def test_rows_are_valid_json_without_nan_or_inf() -> None:
 
 
 def test_progress_is_the_used_share_of_the_tighter_budget_and_100_at_the_end() -> None:
-    last = _generations()[-1]
-    assert artifacts.progress(RUN, last) == pytest.approx(15.0)
-    assert artifacts.progress(RUN, replace(last, index=5)) == pytest.approx(50.0)
-    assert artifacts.progress(RUN, replace(last, index=50)) < 100
-    assert artifacts.progress(RUN, replace(last, decision=Decision(stop=True, code="converged", reason=""))) == 100
-    assert artifacts.progress(replace(RUN, status="converged"), last) == 100
+    first, last = _generations()
+    assert artifacts.progress(RUN, [first, last]) == pytest.approx(15.0)
+    assert artifacts.progress(RUN, [first, *[last] * 5]) == pytest.approx(50.0)
+    assert artifacts.progress(RUN, [first, *[last] * 50]) < 100
+    stopped = replace(last, decision=Decision(stop=True, code="converged", reason=""))
+    assert artifacts.progress(RUN, [first, stopped]) == 100
+    assert artifacts.progress(replace(RUN, status="converged"), [first, last]) == 100
+
+
+def test_progress_of_several_hops_counts_the_turns_of_each() -> None:
+    """Ten generations are allowed to each of two; one asked in two of them, the other has yet to wait; then it is
+    settled and needs no more."""
+    first, last = (replace(generation, n_reference_calls=0) for generation in _generations())
+    (ends,), (probed,) = first.paths, last.paths
+    waits = replace(probed, path="other", label_keys=())
+    both = replace(first, paths=(ends, replace(ends, path="other")))
+    turn = replace(last, paths=(probed, waits))
+    assert artifacts.progress(RUN, [both, turn, turn]) == pytest.approx(10.0)
+    settled = replace(waits, decision=Decision(stop=True, code="converged", reason=""))
+    assert artifacts.progress(RUN, [both, turn, replace(turn, paths=(probed, settled))]) == pytest.approx(60.0)
 
 
 def test_summary_says_the_numbers_that_count() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ class Asker:
         self.keeper = LeaseKeeper(store, run=run, lease_s=lease_s)
         self.claims = LabelClaims(self.keeper, store, stop=self.stop, log=self.said.append)
 
-    def label(self, k: int, seconds: float = 0.01, status: LabelStatus = "ok") -> Label:
+    def label(self, k: int, seconds: float = 0.01, status: LabelStatus = "ok", computed: bool = False) -> Label:
         typed: Claims = self.claims
-        with typed.claim(key(k)) as others:
+        with typed.claim(key(k), computed=computed) as others:
             if others is not None:
                 return others
             with (self.folder / "computed").open("a") as lines:
@@ -167,6 +168,16 @@ def test_threads_of_several_runs_compute_every_label_once(store: MongoStore, tmp
     assert {label.key for label in labels} == {key(k) for k in keys}
     assert len(labels) == 48
     assert store.held_leases("") == {}
+
+
+def test_who_wants_it_computed_is_not_given_an_image(store: MongoStore, tmp_path: Path) -> None:
+    with closing(Asker(store, tmp_path, run="one")) as asker:
+        store.save_label(replace(make_label(0), details={"equivalent_to": key(1)}))
+        assert asker.label(0).derived_from == key(1)
+        assert computed(tmp_path) == []
+        assert asker.label(0, computed=True).details == {"computed_by": "one"}
+        assert asker.label(0, computed=True).details == {"computed_by": "one"}
+        assert computed(tmp_path) == ["0 one"]
 
 
 def test_processes_compute_every_label_once(store: MongoStore, tmp_path: Path, others: Others) -> None:

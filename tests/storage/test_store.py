@@ -107,6 +107,29 @@ def test_an_ok_label_is_never_replaced(store: RecordStore, same: Any, status: An
     assert same(store.load_labels([good.key])[good.key], good)
 
 
+def test_a_computed_label_replaces_a_derived_one_and_never_the_reverse(
+    store: RecordStore, same: Any, records: Any
+) -> None:
+    """What follows by symmetry stands in for a calculation until there is one."""
+    derived = records.label(energy_ev=1.0, details={"equivalent_to": "another"})
+    again = records.label(energy_ev=2.0, details={"equivalent_to": "a third"})
+    crashed = records.label(status="crashed")
+    first, second = records.label(energy_ev=3.0), records.label(energy_ev=4.0)
+    for label, stays in (
+        (crashed, crashed),
+        (derived, derived),
+        (again, derived),
+        (crashed, derived),
+        (first, first),
+        (derived, first),
+        (second, first),
+        (crashed, first),
+    ):
+        store.save_label(label, "r")
+        assert same(store.load_labels([label.key])[label.key], stays)
+    assert store.count_labels_by_status("r") == {"ok": 1}
+
+
 def test_a_failure_is_replaced_wholly(store: RecordStore, same: Any, records: Any) -> None:
     rejected = records.label(status="rejected", energy_ev=1.0, forces=np.ones((3, 3)), stress=np.ones(6), reason="huge")
     crashed, good = records.label(status="crashed"), records.label()

@@ -25,13 +25,11 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "default": Variant(about="as a run file without these sections"),
     "zero-shot": Variant(about="never fine-tuned", model={"strategy": "zero-shot"}),
-    "auto": Variant(about="fine-tuned where it predicts better", model={"strategy": "auto"}),
     "naive": Variant(about="fine-tuned, the committee always leads", model={"strategy": "naive"}),
     "scratch": Variant(about="each member trained from its own weights", model={"strategy": "scratch"}),
     "correction-none": Variant(about="committee alone", model={"correction": "none"}),
     "correction-blr": Variant(about="linear on node features", model={"correction": "blr"}),
-    "correction-gp": Variant(about="GP on inverse distances", model={"correction": "gp"}),
-    "correction-blr+gp": Variant(about="both", model={"correction": "blr+gp"}),
+    "correction-gp": Variant(about="a Gaussian process over the places of the atoms", model={"correction": "gp"}),
     "select-uncertainty": Variant(about="most uncertain image first", select={"strategy": "uncertainty"}),
     "select-barrier-variance": Variant(
         about="the label that tells most about the barrier", select={"strategy": "barrier-variance"}

@@ -31,7 +31,7 @@ def test_a_label_that_takes_too_much_memory_is_ended(
     assert label.status == "crashed"
     said = re.match(r"used ([\d.]+) GB, more than executor\.memory_gb 0\.5; ", label.reason)
     assert said
-    assert 0.6 < float(said[1]) < 1.2
+    assert 0.5 <= float(said[1]) < 1.2  # what was seen first above the limit, rounded
     assert label.reason in (Path(label.folder) / "error.txt").read_text()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from alcore.errors import CalculatorError
@@ -76,6 +78,13 @@ def test_a_job_that_ended_meanwhile_is_collected(
     assert other.n_begun() == 1
 
 
+def _end_job(*processes: psutil.Process) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it may be gone with one that was ended before, or be a zombie
+            if "calculators.job" in " ".join(process.cmdline()):
+                process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["", "slurm"])
 def test_a_job_that_died_meanwhile_is_a_crash_and_then_computed_afresh(
@@ -85,9 +94,9 @@ def test_a_job_that_died_meanwhile_is_a_crash_and_then_computed_afresh(
     other.start_and_kill(lambda: other.n_begun() == 1)
     (token,) = tokens(other.folder / "run")
     for process in family(token):
-        for one in (process, *process.parents()[:1]):  # what watches it in a queue carries no mark
-            if "calculators.job" in " ".join(one.cmdline()):
-                one.kill()
+        with suppress(psutil.NoSuchProcess):  # what watches it in a queue carries no mark
+            _end_job(*process.parents()[:1])
+        _end_job(process)
     wait_until(lambda: family(token) == set())
     other.hold.unlink()
     with other.labeler() as labeler:

@@ -79,8 +79,12 @@ def test_barrier_figure_shows_each_generation(case: Any) -> None:
 
 
 def test_parity_and_calibration_use_predictions_made_before_training(case: Any) -> None:
-    residuals = residuals_of(case.generations)
+    residuals = residuals_of(case.generations, case.labels)
     assert [r.generation for r in residuals] == [1, 1, 2, 3]
+    first, *others = residuals
+    for source, left in ((others[-1].key, others), ("not of this run", residuals)):
+        derived = {**case.labels, first.key: replace(case.labels[first.key], details={"equivalent_to": source})}
+        assert residuals_of(case.generations, derived) == left
     assert "$n$ = 4" in draw_parity(*case).axes[0].texts[0].get_text()
     z = [r.error_ev / r.sigma_ev for r in residuals]
     drawn = [point for line in draw_calibration(*case).axes[0].get_lines()[1:] for point in line.get_ydata()]
@@ -106,6 +110,6 @@ def test_a_divided_path_shows_its_wells_and_the_saddle_that_limits_the_rate(case
         line.get_label(): line.get_ydata() for line in plots.draw_path(case.run, divided, case.labels).axes[0].lines
     }
     np.testing.assert_array_equal(marks["intermediate minima"], [0.05])
-    np.testing.assert_array_equal(np.atleast_1d(marks["rate-limiting saddle"]), [0.3])
+    np.testing.assert_array_equal(np.atleast_1d(marks["rate-limiting saddle (forward)"]), [0.3])
     plain = {line.get_label() for line in plots.draw_path(*case).axes[0].lines}
     assert "intermediate minima" not in plain

@@ -235,7 +235,28 @@ def test_a_divided_path_says_each_segment_and_which_limits_the_rate(case: Any) -
     assert [s["barrier_forward_ev"] for s in path["segments"]] == pytest.approx([0.2, 0.25])
     assert [s["barrier_reverse_ev"] for s in path["segments"]] == pytest.approx([0.15, 0.2])
     assert path["segments"][1]["saddle_std_ev"] == pytest.approx(float(band.sigma_ev[3]))
-    assert path["rate_limiting_segment"] == 1
+    assert (path["rate_limiting_segment"], path["verified_segment"]) == (1, 1)
+    assert path["rate_limiting_ev"] == pytest.approx(0.3), "from the initial state, which is lower than the well"
     (line,) = (line for line in result_lines(summary) if "segments" in line)
-    assert "number 2 is rate-limiting" in line
+    assert "number 2 is rate-limiting forward" in line
+    assert not any("limits the rate" in line for line in result_lines(summary))
     assert "1: 0.200 eV forward, 0.150 eV reverse" in line
+
+
+def test_a_lower_saddle_behind_a_deep_well_is_said_to_limit_the_rate(case: Any) -> None:
+    """The barrier that is verified stays the highest saddle above the initial state."""
+    *before, last = case.generations
+    record = last.paths[0]
+    n = len(record.band.energies_ev)
+    energies = np.interp(np.arange(n), [0, 1, 2, 3, n - 1], [0.0, 0.5, -0.4, 0.4, 0.0])
+    band = replace(record.band, energies_ev=energies, minima=(2,))
+    divided = [*before, replace(last, paths=(replace(record, band=band, barrier=estimate_barrier(band)),))]
+    summary = barrier_summary(case.run, divided, case.labels)
+    path = summary["paths"][0]
+    assert (path["rate_limiting_segment"], path["verified_segment"], path["saddle_image"]) == (1, 0, 1)
+    assert path["rate_limiting_ev"] == pytest.approx(0.8)
+    said = (
+        "  the barrier is that of number 1, the highest saddle above the initial state; but number 2 climbs 0.800 eV "
+        "from a well before it, and limits the rate"
+    )
+    assert said in result_lines(summary)
