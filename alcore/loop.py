@@ -171,7 +171,8 @@ def run_generation(state: LoopState, spec: LoopSpec, shop: Workshop) -> LoopStat
         with _timed(seconds, "label"):
             requests = _requests(probes, state, spec, shop, index)
             labels = _obtain(requests, state, spec, shop)
-        state, paths = measure(state, probes, requests, labels, spec, shop)
+        with _timed(seconds, "measure"):
+            state, paths = measure(state, probes, requests, labels, spec, shop)
         labels = state.labels
         answered = [(r.candidate.kind, labels[r.key]) for r in requests]
         calls = count_calls(state.records[-1].calls_by_kind if state.records else {}, answered)

@@ -489,8 +489,8 @@ class GenerationRecord:
         calibration: as it stands after this generation.
         surrogate: what the surrogate is, for a person and for going on: ``strategy``, ``why``, ``members`` (sha256 of
             each member's weights), ``prior`` (sha256), ``train`` (epochs, errors), ``correction`` (precision, …).
-        seconds: wall time by step (``probe``, ``label``, ``train``); a step that had been done before the run was
-            stopped takes none.
+        seconds: wall time by step (``probe``, ``label``, ``measure``, which fits the correction, and ``train``); a step
+            that had been done before the run was stopped takes none.
         sitting: index in ``RunRecord.sittings`` of the one that finished it.
         decision: of the run.
     """

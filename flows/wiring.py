@@ -304,10 +304,12 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
     if settings.foundation is None:
         name = f"untrained MACE (seed {seed}) on an elastic network of the end states, which has seen no reference data"
         return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
+    from alcore.mace.pretraining import prior_line
+
     found = open_foundation(settings.foundation, device=device, trust=model_trust(settings.foundation_sha256))
     check_elements(found.model, numbers)
     name = f"foundation model {found.file}, sha256 {found.sha256[:16]}"
-    return Prior(model=found.model, untrained=False, name=name)
+    return Prior(model=found.model, untrained=False, name=", ".join(filter(None, (name, prior_line(found.model)))))
 
 
 def model_trust(sha256: str | None) -> Trust:

@@ -125,14 +125,13 @@ def make_features(
     numbers_array = np.asarray(numbers)
     elements = tuple(sorted({int(z) for z in numbers_array}))
     n_descriptors = descriptors.shape[1]
-    pooled = descriptors.std(axis=0)
     means, scales, omegas, phases = [], [], [], []
     for z in elements:
         mine = descriptors[numbers_array == z]
         # A descriptor that hardly varies for this element must not be blown up into noise.
         scale = np.maximum(mine.std(axis=0), 0.05 * max(float(mine.std(axis=0).max()), 1e-6))
         means.append(mine.mean(axis=0))
-        scales.append(np.where(scale > 0, scale, np.maximum(pooled, 1e-6)))
+        scales.append(scale)
         lengths = np.exp(rng.uniform(np.log(LENGTH_SCALES[0]), np.log(LENGTH_SCALES[1]), per_element)) * np.sqrt(
             n_descriptors
         )

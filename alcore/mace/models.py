@@ -155,7 +155,7 @@ def open_foundation(
 def save_model_file(model: torch.nn.Module, path: Path) -> None:
     """A ``.model`` file as mace-torch writes them, which ``open_foundation`` and mace-torch itself read."""
     buffer = io.BytesIO()
-    torch.save(model.cpu(), buffer)
+    torch.save(copy.deepcopy(model).cpu(), buffer)  # the caller's stays where it is
     write_whole(path, buffer.getvalue())
 
 

@@ -140,11 +140,13 @@ class PretrainReport:
 
 
 def prior_line(model: Any) -> str:
-    """That line of a model as ``open_foundation`` gives it; "" where the model does not say where it comes from."""
+    """That line of a model as ``open_foundation`` gives it, printable characters only; "" where the model does not say
+    where it comes from."""
     try:
-        return _line(json.loads(getattr(model, "pretraining", "")))
-    except (ValueError, TypeError, KeyError):  # the text comes from a file
+        line = _line(json.loads(getattr(model, "pretraining", "")))
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # the text comes from a file
         return ""
+    return "".join(letter if letter.isprintable() else " " for letter in line)
 
 
 def _line(told: Mapping[str, Any]) -> str:
@@ -195,7 +197,7 @@ def learn(
             trained stays held out.
 
     Raises:
-        InputError: ``start`` knows other elements, or fewer than four labels are sound.
+        InputError: ``start`` knows other elements or has another cutoff, or fewer than four labels are sound.
         TrainingError: the loss is not finite.
     """
     began = time.perf_counter()
@@ -207,7 +209,7 @@ def learn(
             mend="give more structures, or another teacher",
         )
     elements = sorted({int(z) for label in sound for z in label.structure.numbers})
-    shifts = atomic_energies(sound, elements) if start is None else _own_energies(start, elements)
+    shifts = atomic_energies(sound, elements) if start is None else _own_energies(start, elements, spec.architecture)
     held_out_keys = _held_out(sound, spec, rng, start)
     architecture = replace(spec.architecture, mean_neighbors=_mean_neighbors(sound, spec.architecture.r_max_ang))
     fresh = build_model(elements, int(rng.integers(2**31)), architecture, torch.float32)
@@ -286,14 +288,20 @@ def _anchors(untrained: Any, elements: Sequence[int], spec: PretrainSpec, rng: n
     return examples
 
 
-def _own_energies(model: Any, elements: Sequence[int]) -> FloatArray:
+def _own_energies(model: Any, elements: Sequence[int], architecture: Architecture) -> FloatArray:
     """Energy an atom of each element has in the model, eV, ``(n_elements,)``.
 
     Raises:
-        InputError: it knows other elements.
+        InputError: it knows other elements, or has another cutoff than the graphs will have.
     """
     if model_elements(model) != list(elements):
         raise InputError("the model to go on from knows other elements", where="pre-training", mend="start afresh")
+    if not np.isclose(cutoff := float(model.r_max), architecture.r_max_ang):
+        raise InputError(
+            f"the model to go on from has a cutoff of {cutoff:g} Å, not {architecture.r_max_ang:g} Å",
+            where="pre-training",
+            mend=f"set the architecture's r_max_ang to {cutoff:g}",
+        )
     return np.array(model.atomic_energies_fn.atomic_energies.detach().cpu().double().reshape(-1))
 
 

@@ -212,7 +212,7 @@ def test_uninformed_labels_leave_the_medians() -> None:
     asked, spared = (_fit(block, 0 * energies, 0 * forces, WITH_G, informed=informed) for informed in (True, False))
     assert spared.hyper == Hyper(precision=1.0, force_noise_ev_per_ang=0.02, amplitude_ev=0.3, length_ang=1.5)
     assert asked.hyper.precision > 10.0
-    assert asked.hyper.amplitude_ev < 0.2
+    assert asked.hyper.amplitude_ev < 0.25
     probe = np.random.default_rng(0).standard_normal((2, N_FEATURES))
     sigma = [float(np.sqrt(fit.energy_covariance(probe)[1, 1])) for fit in (asked, spared)]
     assert sigma[1] > 1.5 * sigma[0]

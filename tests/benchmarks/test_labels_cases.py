@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent / "labels"))
 import baselines
 from cases import CASES, Case, end_states, pairs_of
 from reference import InProcessLabeler
-from run import Task, done_keys, loop_spec, run_task, told
-from variants import VARIANTS
+from rich.console import Console
+from run import Task, done_keys, loop_spec, run_task, tasks_of, told
+from variants import VARIANTS, Variant
 
 from alcore.identity import label_key
-from alcore.types import Candidate, LabelRequest, Structure
+from alcore.mace.models import build_model, save_model_file
+from alcore.types import Candidate, Label, LabelRequest, Structure
 from calculators.registry import resolve
 
 FREE = {"pt7-pt111": 7, "pt7-edge": 7, "cu-vacancy-107": 107, "set-cu-ni-vacancy": 31}
@@ -34,6 +38,7 @@ def test_both_halves_have_single_hops_and_sets() -> None:
         assert any(case.is_set for case in mine)
         assert any(case.half == half and not case.relaxed for case in CASES.values())
     assert {name: CASES[name].n_atoms for name in ATOMS} == ATOMS
+    assert CASES["cu-vacancy-107"].half == "development"  # it had been looked at in an earlier study
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -118,6 +123,55 @@ def test_a_band_that_spends_its_calls_has_not_converged(tmp_path: Path, monkeypa
     assert not found["converged"]
     assert 30 <= found["calls"] <= 37
     assert "30 evaluations" in found["failed"]
+
+
+def test_a_band_that_did_not_converge_is_no_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "CAP", 30)
+    (row,) = baselines.check(CASES["au-al100"], tmp_path, modes=False)
+    assert not row["converged"]
+    assert not row["valid"]
+    with pytest.raises(
+        baselines.NoTruthError, match=r"^au-al100, hop: no true barrier, .* \(CapError: 30 evaluations\)$"
+    ):
+        baselines.truths(CASES["au-al100-unrelaxed"], tmp_path)
+
+
+def test_cases_with_elements_the_prior_does_not_know_are_left_out_and_named(tmp_path: Path) -> None:
+    save_model_file(build_model([3, 9, 29, 47], 0), tmp_path / "some.model")
+    names = "cu-vacancy-31,lif-vacancy,ag-adatom-111,butane,set-au-al100"
+    told = Console(file=StringIO(), width=200)
+
+    def chosen(prior: str) -> list[str]:
+        given = Namespace(cases=names, half="all", prior=prior, cache=tmp_path, variants="default", seeds="0,1")
+        tasks = tasks_of(given, told)
+        assert [task.seed for task in tasks] == [0, 1] * (len(tasks) // 2)
+        return [task.case for task in tasks[::2]]
+
+    assert chosen("none") == names.split(",")
+    assert told.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert chosen(str(tmp_path / "some.model")) == ["cu-vacancy-31", "lif-vacancy", "ag-adatom-111"]
+    said = "left out, some.model does not know their elements: butane (H C), set-au-al100 (Al Au)\n"
+    assert told.file.getvalue() == said  # type: ignore[attr-defined]
+
+
+def test_a_run_whose_calls_were_miscounted_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(InProcessLabeler):
+        def _label_one(self, request: LabelRequest) -> Label:
+            super()._label_one(request)
+            return super()._label_one(request)
+
+    monkeypatch.setitem(VARIANTS, "brief", Variant(about="two labels", stop={"max_labels": 2, "max_generations": 1}))
+    monkeypatch.setattr(baselines, "truths", lambda case, cache: {"hop": 0.374})
+    monkeypatch.setattr("run.recheck", lambda path, labeler: {})
+    task = Task(case="au-al100", variant="brief", seed=0, prior="", cache=str(tmp_path), code="x")
+    record = run_task(task)
+    assert "error" not in record
+    assert record["calls"] == record["n_calls_counted"] > 0
+    monkeypatch.setattr("run.InProcessLabeler", Twice)
+    assert (
+        f"counts {record['calls']} calls of the reference, which was asked {2 * record['calls']}"
+        in run_task(task)["error"]
+    )
 
 
 def test_every_variant_is_one_the_code_knows() -> None:

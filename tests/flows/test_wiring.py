@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ase.calculators.emt import EMT
 
 from alcore.errors import CalculatorError, EndpointError, InputError, ModelError
 from alcore.identity import label_key, sha256_hex
-from alcore.mace.models import build_model, model_elements, weights_sha256
+from alcore.mace.models import build_model, model_elements, save_model_file, weights_sha256
 from flows import environment, wiring
 from flows.runfile import load_run_file
 from flows.settings import ExecutorSettings, ModelSettings, PathSettings
@@ -128,6 +129,20 @@ def test_a_foundation_model_is_named_with_its_content(tmp_path: Path) -> None:
     assert weights_sha256(prior.model) == weights_sha256(model)
     with pytest.raises(ModelError, match="does not know O, Na"):
         wiring.make_prior(ModelSettings(foundation=str(file)), [8, 11, 29], seed=7)
+
+
+def test_a_pretrained_model_says_what_it_learned_from(tmp_path: Path) -> None:
+    file, model = tmp_path / "student.model", build_model([29], seed=0)
+    errors = {"energy_rmse_ev_per_atom": 0.0021, "force_rmse_ev_per_ang": 0.087}
+    told = {"n_train": 90, "n_held_out": 10, "note": "metals", "teacher": "chgnet", **errors}
+    setattr(model, "pretraining", json.dumps(told))  # noqa: B010
+    save_model_file(model, file)
+    settings = ModelSettings(foundation=str(file))
+    prior = wiring.make_prior(settings, [29], seed=7)
+    assert prior.name == (
+        f"foundation model student.model, sha256 {sha256_hex(file.read_bytes())[:16]}, pre-trained on 100 structures "
+        "(metals) labelled by chgnet; held-out errors 2.1 meV/atom, 87 meV/Å"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -16,6 +16,7 @@ from alcore.mace.models import (
     check_elements,
     load_foundation,
     model_elements,
+    save_model_file,
     trainable_copy,
     weights_sha256,
     weights_to_bytes,
@@ -23,6 +24,33 @@ from alcore.mace.models import (
 )
 from alcore.mace.surrogate import MaceSurrogate
 from alcore.types import FloatArray, Structure
+
+
+def test_saving_a_model_leaves_it_where_it_is(
+    tmp_path: Path, lively_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[torch.nn.Module] = []
+    real = torch.nn.Module._apply
+
+    def apply(self: torch.nn.Module, *args: Any, **keywords: Any) -> Any:
+        moved.append(self)
+        return real(self, *args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "_apply", apply)
+        save_model_file(lively_model, tmp_path / "mine.model")
+    assert moved
+    assert not {id(module) for module in moved} & {id(module) for module in lively_model.modules()}
+    assert weights_sha256(load_foundation(str(tmp_path / "mine.model"))) == weights_sha256(lively_model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_model_on_the_gpu_stays_there_and_its_file_opens_anywhere(tmp_path: Path) -> None:
+    model = build_model([29], 0).to("cuda")
+    save_model_file(model, tmp_path / "mine.model")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    saved = torch.load(tmp_path / "mine.model", weights_only=False)
+    assert {p.device.type for p in saved.parameters()} == {"cpu"}
 
 
 def test_an_untrained_model_knows_nothing_but_repulsion() -> None:

@@ -126,6 +126,15 @@ def test_members_learn_seldom(
         assert trainer.due(trained, Dataset(labels=dataset.labels + dataset.labels[:more])) == due
 
 
+def test_the_first_training_is_when_it_was_asked_for(
+    untrained_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    trainer = MaceTrainer(untrained_model, ModelSpec(train=TrainSpec(first_labels=3)), untrained=True)
+    start = trainer.start(samples[:1])
+    assert trainer.due(start, Dataset(labels=dataset.labels[:2])) == []
+    assert trainer.due(start, Dataset(labels=dataset.labels[:3])) == ["member-0", "member-1", "member-2"]
+
+
 def test_zero_shot_never_learns(untrained_model: Any, samples: list[Structure], dataset: Dataset) -> None:
     trainer = _trainer(untrained_model, None, "zero-shot")
     assert trainer.due(trainer.start(samples), dataset) == []

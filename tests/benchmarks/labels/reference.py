@@ -72,8 +72,8 @@ class InProcessLabeler:
 class Tally:
     """ASE calculators of one reference, every evaluation of each counted in ``calls``."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any], charge: float = 0.0) -> None:
-        self._resolved, self._charge, self.calls = resolve(name, settings), charge, 0
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        self._resolved, self.calls = resolve(name, settings), 0
 
     def calculator(self, structure: Structure) -> Any:
         """A calculator of its own for one image."""

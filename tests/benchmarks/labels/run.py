@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import baselines
+from ase.data import chemical_symbols
 from cases import CASES, DEFAULT_CACHE, ROOT, Case, Half, pairs_of
 from reference import InProcessLabeler
 from rich.console import Console
@@ -149,6 +150,8 @@ def _run(task: Task) -> dict[str, Any]:
         "seconds_reference": labeler.seconds,
         "log": lines,
     }
+    if result["calls"] != asked:  # labels derived by symmetry cost none, and a fresh store has none to reuse
+        raise RuntimeError(f"the loop counts {result['calls']} calls of the reference, which was asked {asked} times")
     result["checks"] = {p.path: recheck(p, labeler) for p in state.records[-1].paths}
     if task.variant == "default" and case.relaxed:
         result["without_learning"] = {
@@ -212,12 +215,17 @@ def _request(path: str, place: Structure, labeler: InProcessLabeler) -> LabelReq
     return LabelRequest(key=label_key(place, labeler.fingerprint), candidate=candidate, generation=0)
 
 
-def tasks_of(given: argparse.Namespace) -> list[Task]:
-    """All runs asked for, in the order they are done: quick cases first."""
+def tasks_of(given: argparse.Namespace, console: Console) -> list[Task]:
+    """All runs asked for, in the order they are done: quick cases first. Cases with elements the prior does not know
+    are left out, and named."""
     names = given.cases.split(",") if given.cases else list(CASES)
     half: Half | str = given.half
     chosen = [CASES[name] for name in names if given.cases or half in ("all", CASES[name].half)]
     prior = "" if given.prior == "none" else str(Path(given.prior).absolute())
+    if lacking := unknown_elements(chosen, prior):
+        named = ", ".join(f"{name} ({' '.join(symbols)})" for name, symbols in lacking.items())
+        console.print(f"left out, {Path(prior).name} does not know their elements: {named}", soft_wrap=True)
+        chosen = [case for case in chosen if case.name not in lacking]
     code = code_sha256(prior)
     return [
         Task(case=case.name, variant=variant, seed=int(seed), prior=prior, cache=str(given.cache), code=code)
@@ -225,6 +233,17 @@ def tasks_of(given: argparse.Namespace) -> list[Task]:
         for case in chosen
         for seed in given.seeds.split(",")
     ]
+
+
+def unknown_elements(cases: Sequence[Case], prior: str) -> dict[str, list[str]]:
+    """By case, the elements that the model in the file ``prior`` does not know; nothing where it knows all."""
+    if not prior:
+        return {}
+    from alcore.mace.models import load_foundation, model_elements
+
+    known = set(model_elements(load_foundation(prior)))
+    found = {case.name: {int(z) for atoms in case.built.values() for z in atoms.numbers} - known for case in cases}
+    return {name: [chemical_symbols[z] for z in sorted(numbers)] for name, numbers in found.items() if numbers}
 
 
 def done_keys(file: Path, *, keep_code: bool) -> set[str]:
@@ -275,12 +294,17 @@ def main() -> None:
         parser.error(f"no such file: {given.prior}")
     console = Console()
     done = done_keys(given.out, keep_code=given.keep_code)
-    tasks = [t for t in tasks_of(given) if (t.key.rpartition("|")[0] if given.keep_code else t.key) not in done]
+    tasks = [
+        t for t in tasks_of(given, console) if (t.key.rpartition("|")[0] if given.keep_code else t.key) not in done
+    ]
     console.print(f"{len(tasks)} runs to do, {len(done)} records in {given.out}")
     if not tasks:
         return
     console.print(load_prior(tasks[0].prior, [1], 0)[2])
-    prepare(tasks, console)
+    try:
+        prepare(tasks, console)
+    except baselines.NoTruthError as error:
+        raise SystemExit(str(error)) from error
     work(tasks, given.jobs, given.out, console)
 
 

@@ -231,7 +231,7 @@ def solute_vacancy(host: str, solute: str, lattice_ang: float, repeat: int) -> S
 
 
 def alloyed_hops() -> States:
-    """Au adatom on Al(100) 4x2x3 with one Au in the surface: hollows that touch that atom, and hollows further away."""
+    """Au adatom on Al(100) 4x3x3 with one Au in the surface: hollows that touch that atom, and hollows further away."""
     slab = fcc100("Al", size=(4, 3, 3))
     top = slab.positions[:, 2].max()
     slab = renamed(slab, site_near(slab, [0, 0, top]), "Au")
