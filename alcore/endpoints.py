@@ -17,6 +17,7 @@ from alcore.errors import EndpointError, InputError
 from alcore.files import read_file
 from alcore.neb import Fire, Guards, Relaxed, closest_contact, guard_reason
 from alcore.protocols import Potential
+from alcore.rigid import is_loose, superimposed
 from alcore.types import EndpointPair, FloatArray, Structure
 
 CELL_TOLERANCE_ANG = 1e-3
@@ -73,16 +74,16 @@ def make_pair(
     first = Structure.from_atoms(initial, charge=charge, magnetic_moments=magnetic_moments)
     last = Structure.from_atoms(final, charge=charge, magnetic_moments=magnetic_moments)
     _check_same_atoms(name, first, last)
-    last = first.moved(unwrap(first, last.positions))
+    last = first.moved(_nearest(first, last.positions))
     images = []
     previous = first.positions
     for frame in inner or []:
         image = Structure.from_atoms(frame)
         _check_same_atoms(name, first, image)
-        images.append(first.moved(unwrap(first.moved(previous), image.positions)))
+        images.append(first.moved(_nearest(first.moved(previous), image.positions)))
         previous = images[-1].positions
     if images:
-        last = first.moved(unwrap(first.moved(previous), last.positions))
+        last = first.moved(_nearest(first.moved(previous), last.positions))
     pair = EndpointPair(
         name=name,
         initial=first,
@@ -93,6 +94,11 @@ def make_pair(
     )
     check_pair(pair)
     return pair
+
+
+def _nearest(reference: Structure, positions: FloatArray) -> FloatArray:
+    """The same geometry, nearest to ``reference``: unwrapped; of a molecule, turned and shifted as a whole."""
+    return superimposed(positions, reference.positions) if is_loose(reference) else unwrap(reference, positions)
 
 
 def unwrap(reference: Structure, positions: FloatArray) -> FloatArray:

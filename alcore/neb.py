@@ -18,12 +18,17 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.mep.neb import idpp_interpolate
 
+from alcore.covalent import stiffest_bond_ev_per_ang2
 from alcore.neighbours import neighbours
 from alcore.protocols import Potential
+from alcore.rigid import is_loose, rigid_motions, superimposed, without
 from alcore.types import EndpointPair, FloatArray, Structure
 
 FLAT_EV = 1e-10
 """Images whose energies differ by less have no uphill neighbour."""
+RUNAWAY = 3.0
+"""Times the mean distance of images, as it was when an image began to climb, that it may be from a neighbour: where
+there is no saddle to climb to, it climbs for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class NebSpec:
 DOUBT_EVERY = 2
 """Steps between two questions whether the potential still knows what it is doing; an L-BFGS step goes far."""
 STIFFNESS_EV_PER_ANG2 = 15.0
-"""First guess of the curvature, that of a bond in a metal; 8 to 30 converge alike."""
+"""First guess of the curvature where no covalent bond is stiffer: that of a metal's (8 to 30 converge alike)."""
 SUMMIT_FRACTION, SUMMIT_STEPS, SUMMIT_REACH_ANG = 0.2, 40, 0.2
 """Of the limit of the band, to which the climbing image is relaxed in the end; steps and movement it takes at most, and
 the others after it: both are a few times what was ever needed."""
@@ -109,14 +114,20 @@ def interpolate(pair: EndpointPair, spec: NebSpec) -> FloatArray:
         with warnings.catch_warnings():  # about NEB's default method, which plays no part here
             warnings.simplefilter("ignore")
             idpp_interpolate(images, traj=None, log=None, fmax=0.1, mic=bool(pair.initial.pbc.any()), steps=100)
-        band = np.array([image.positions for image in images])
+        found = np.array([image.positions for image in images])
+        if is_loose(pair.initial):
+            found = np.array([superimposed(image, straight) for image, straight in zip(found, band, strict=True)])
+        band = found
         band[0], band[-1] = start, end
     return band
 
 
 def tangents(positions: FloatArray, energies: FloatArray) -> FloatArray:
     """Improved tangents of the interior images, normalised over all coordinates, ``(n_images - 2, n_atoms, 3)``."""
-    forward, backward = positions[2:] - positions[1:-1], positions[1:-1] - positions[:-2]
+    return _tangents(positions[2:] - positions[1:-1], positions[1:-1] - positions[:-2], energies)
+
+
+def _tangents(forward: FloatArray, backward: FloatArray, energies: FloatArray) -> FloatArray:
     up, down = energies[2:] - energies[1:-1], energies[:-2] - energies[1:-1]
     high, low = np.maximum(np.abs(up), np.abs(down)), np.minimum(np.abs(up), np.abs(down))
     rising = (energies[2:] > energies[1:-1]) & (energies[1:-1] > energies[:-2])
@@ -135,21 +146,41 @@ def neb_forces(
     forces: FloatArray,
     spring_ev_per_ang2: float,
     climbing_image: int | None,
+    *,
+    loose: bool = False,
 ) -> FloatArray:
     """NEB force on the interior images, ``(n_images - 2, n_atoms, 3)``, from potential forces of all images.
 
     Across a periodic boundary nothing needs wrapping: images are continuous along the band.
+
+    Args:
+        loose: the atoms can move as a whole at no cost (``rigid.is_loose``); what does that is left out.
     """
-    tangent = tangents(positions, energies)
-    inner = forces[1:-1]
+    motions = rigid_motions(positions[1:-1]) if loose else None
+    forward = without(motions, positions[2:] - positions[1:-1])
+    backward = without(motions, positions[1:-1] - positions[:-2])
+    tangent, inner = _tangents(forward, backward, energies), without(motions, forces[1:-1])
     along = (inner * tangent).sum(axis=(1, 2), keepdims=True)
-    lengths = np.linalg.norm(np.diff(positions, axis=0), axis=(1, 2))
-    spring = spring_ev_per_ang2 * (lengths[1:] - lengths[:-1])[:, None, None] * tangent
-    total = inner - along * tangent + spring
+    ahead, behind = np.linalg.norm(forward, axis=(1, 2)), np.linalg.norm(backward, axis=(1, 2))
+    spring = spring_ev_per_ang2 * (ahead - behind)[:, None, None] * tangent
+    total = inner - along * tangent + spring + _unfolding(forward, backward, tangent, spring_ev_per_ang2)
     if climbing_image is not None:
         k = climbing_image - 1
         total[k] = inner[k] - 2 * along[k] * tangent[k]
     return np.asarray(total)
+
+
+def _unfolding(forward: FloatArray, backward: FloatArray, tangent: FloatArray, spring: float) -> FloatArray:
+    """The springs' force across the tangent where the band turns back on itself, which on flat ground nothing hinders.
+
+    After Jónsson, Mills and Jacobsen (1998), eq. 15 of their chapter in *Classical and Quantum Dynamics in Condensed
+    Phase Simulations*, with a switch that leaves bends of less than 90 degrees alone: those may be the path's own.
+    """
+    lengths = np.linalg.norm(forward, axis=(1, 2)) * np.linalg.norm(backward, axis=(1, 2))
+    cosine = (forward * backward).sum(axis=(1, 2)) / np.maximum(lengths, 1e-12)
+    pull = spring * (forward - backward)
+    across = pull - (pull * tangent).sum(axis=(1, 2), keepdims=True) * tangent
+    return np.asarray((np.minimum(cosine, 0.0) ** 2)[:, None, None] * across)
 
 
 def guard_reason(
@@ -228,25 +259,34 @@ def _relaxed(
     limits: Guards,
     doubt: Callable[[FloatArray], str] | None,
 ) -> Relaxed:
-    free = ~template.fixed[None]
+    free, loose = ~template.fixed[None], is_loose(template)
     positions = np.array(start)
     energies, forces = potential.evaluate(template, positions)
     sound = (positions.copy(), energies, forces)
-    optimiser: Lbfgs | Fire = Lbfgs(spec.max_step_ang)
+    stiffness = stiffness_of(template)
+    optimiser: Lbfgs | Fire = Lbfgs(spec.max_step_ang, stiffness)
     climbing: int | None = None
+    before: tuple[FloatArray, FloatArray, FloatArray] | None = None
+    climbs = spec.climb
     fmax, reason, status, step = float("inf"), "", "max_steps", 0
 
     def pushed() -> tuple[FloatArray, float]:
-        force = np.where(free, neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing), 0.0)
+        force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing, loose=loose)
+        force = np.where(free, force, 0.0)
         return force, float(np.linalg.norm(force, axis=2).max())
 
     for step in range(spec.max_steps + 1):
         force, fmax = pushed()
         top = summit(energies)
-        if spec.climb and top not in (None, climbing) and fmax < spec.climbs_below:
+        if climbs and top not in (None, climbing) and fmax < spec.climbs_below:
+            before = before or sound
             climbing = top
             force, fmax = pushed()
             optimiser.new_forces()
+        elif climbing is not None and before is not None and _runs_away(positions, climbing, before[0]):
+            (positions, energies, forces), climbing, climbs = (array.copy() for array in before), None, False
+            optimiser = Lbfgs(spec.max_step_ang, stiffness)
+            force, fmax = pushed()
         if fmax < spec.fmax_ev_per_ang:
             status = "converged"
             break
@@ -282,6 +322,13 @@ def _relaxed(
     )
 
 
+def _runs_away(positions: FloatArray, climbing: int, before: FloatArray) -> bool:
+    """Whether the climbing image has left the others behind."""
+    mean = float(np.linalg.norm(np.diff(before, axis=0), axis=(1, 2)).mean())
+    gaps = np.linalg.norm(positions[[climbing - 1, climbing + 1]] - positions[climbing], axis=(1, 2))
+    return float(gaps.max()) > RUNAWAY * mean
+
+
 def _on_summit(potential: Potential, template: Structure, relaxed: Relaxed, climbing: int, spec: NebSpec) -> Relaxed:
     """The same band with the climbing image alone relaxed on, to a fifth of the band's limit.
 
@@ -292,9 +339,10 @@ def _on_summit(potential: Potential, template: Structure, relaxed: Relaxed, clim
     positions, energies, forces = (
         np.array(values[near]) for values in (relaxed.positions, relaxed.energies_ev, relaxed.forces)
     )
-    optimiser, limit = Lbfgs(0.5 * spec.max_step_ang), SUMMIT_FRACTION * spec.fmax_ev_per_ang
+    optimiser, loose = Lbfgs(0.5 * spec.max_step_ang, stiffness_of(template)), is_loose(template)
+    limit = SUMMIT_FRACTION * spec.fmax_ev_per_ang
     for _ in range(SUMMIT_STEPS):
-        force = np.where(template.fixed, 0.0, neb_forces(positions, energies, forces, 0.0, 1)[0])
+        force = np.where(template.fixed, 0.0, neb_forces(positions, energies, forces, 0.0, 1, loose=loose)[0])
         fmax = float(np.linalg.norm(force, axis=1).max())
         if fmax < limit:
             break
@@ -325,9 +373,9 @@ def _beside_summit(
     there, or one of them rises above it."""
     positions, energies, forces = (np.array(values) for values in (band.positions, band.energies_ev, band.forces))
     others = np.delete(np.arange(1, len(positions) - 1), climbing - 1)
-    optimiser = Lbfgs(0.5 * spec.max_step_ang)
+    optimiser = Lbfgs(0.5 * spec.max_step_ang, stiffness_of(template))
     for step in range(SUMMIT_STEPS + 1):
-        force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing)
+        force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing, loose=is_loose(template))
         force = np.where(template.fixed, 0.0, force)
         fmax = float(np.linalg.norm(force, axis=2).max())
         moved = float(np.abs(positions - band.positions).max())
@@ -346,6 +394,11 @@ def summit(energies: FloatArray) -> int | None:
     return top if energies[top] > max(energies[0], energies[-1]) else None
 
 
+def stiffness_of(template: Structure) -> float:
+    """First guess of the curvature, eV/Å²."""
+    return max(STIFFNESS_EV_PER_ANG2, stiffest_bond_ev_per_ang2(template))
+
+
 class Lbfgs:
     """L-BFGS over all images at once, without line search, with a cap on the longest atomic step.
 
@@ -353,8 +406,8 @@ class Lbfgs:
     that shows no positive curvature clears the memory, and ``stalled`` says when to hand over to FIRE.
     """
 
-    def __init__(self, max_step: float) -> None:
-        self.max_step = max_step
+    def __init__(self, max_step: float, stiffness_ev_per_ang2: float = STIFFNESS_EV_PER_ANG2) -> None:
+        self.max_step, self.stiffness_ev_per_ang2 = max_step, stiffness_ev_per_ang2
         self.pairs: list[tuple[FloatArray, FloatArray]] = []
         self.last: tuple[FloatArray, FloatArray] | None = None
         self.best, self.since_best = float("inf"), 0
@@ -379,7 +432,7 @@ class Lbfgs:
         for moved, change in reversed(self.pairs):
             weights.append(float((moved * move).sum()) / float((moved * change).sum()))
             move = move - weights[-1] * change
-        move = move / STIFFNESS_EV_PER_ANG2
+        move = move / self.stiffness_ev_per_ang2
         for (moved, change), weight in zip(self.pairs, reversed(weights), strict=True):
             move = move + moved * (weight - float((change * move).sum()) / float((moved * change).sum()))
         longest = float(np.linalg.norm(move, axis=-1).max())

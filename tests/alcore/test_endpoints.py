@@ -132,12 +132,26 @@ def test_a_good_pair_takes_the_shortest_way(vacancy: tuple[Atoms, Atoms]) -> Non
     np.testing.assert_allclose(moved[1:], 0.0, atol=1e-9)
 
 
-def test_a_molecule_is_not_wrapped() -> None:
+def test_a_molecule_is_turned_and_shifted_but_not_wrapped() -> None:
     initial = molecule("H2O")
     final = initial.copy()
     final.positions[1] += [0.0, 0.0, 5.0]
+    distances = final.get_all_distances()
+    final.rotate(70, (1, 2, 3))
+    final.positions += 4.0
     pair = make_pair("hop", initial, final)
-    np.testing.assert_array_equal(pair.final.positions, final.positions)
+    np.testing.assert_allclose(pair.final.to_atoms().get_all_distances(), distances, atol=1e-9)
+    np.testing.assert_allclose(pair.final.positions.mean(axis=0), pair.initial.positions.mean(axis=0), atol=1e-9)
+    moved = np.linalg.norm(pair.final.positions - pair.initial.positions)
+    assert moved < np.linalg.norm(final.positions - final.positions.mean(axis=0) - initial.positions)
+
+
+def test_a_molecule_that_only_turned_is_the_same_structure() -> None:
+    initial = molecule("NH3")
+    final = initial.copy()
+    final.rotate(50, (1, 2, 3))
+    with pytest.raises(EndpointError, match="same structure"):
+        make_pair("hop", initial, final)
 
 
 def test_an_interstitialcy_is_no_swap(vacancy: tuple[Atoms, Atoms]) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.mep import NEB
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alcore.endpoints import make_pair, relax_end_state
+from alcore.mace.network import make_network
 from alcore.neb import (
     LBFGS_PATIENCE,
     Fire,
@@ -28,6 +31,7 @@ from alcore.neb import (
     relax_band,
     tangents,
 )
+from alcore.rigid import superimposed
 from alcore.types import EndpointPair, FloatArray, Structure
 
 FORCE_EV_PER_ANG = 1e-9
@@ -381,3 +385,116 @@ def test_forces_before_and_after_an_image_climbs_are_not_compared(
     assert relax_band(emt, au_pair.initial, interpolate(au_pair, spec), spec).climbing_image is not None
     assert fresh[0]
     assert sum(fresh) == 2
+
+
+class Flat:
+    """Nothing pulls anywhere."""
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        return np.zeros(len(positions)), np.zeros(positions.shape)
+
+
+def test_a_band_that_turns_back_on_itself_is_unfolded() -> None:
+    atom = Structure.from_atoms(Atoms("H", positions=[[0.0, 0, 0]]))
+    start = np.zeros((7, 1, 3))
+    start[:, 0, 0] = [0.0, 0.9, 0.3, 1.0, 0.6, 1.2, 1.5]
+    start[:, 0, 1] = [0.0, 0.1, 0.0, 0.2, 0.0, 0.1, 0.0]
+    found = relax_band(Flat(), atom, start, NebSpec(fmax_ev_per_ang=0.002))
+    assert found.status == "converged"
+    ahead, behind = found.positions[2:] - found.positions[1:-1], found.positions[1:-1] - found.positions[:-2]
+    assert ((start[2:] - start[1:-1]) * (start[1:-1] - start[:-2])).sum(axis=(1, 2)).min() < 0
+    assert (ahead * behind).sum(axis=(1, 2)).min() > -1e-3
+
+
+def test_bends_of_the_path_are_left_alone(au_pair: EndpointPair, emt: Any) -> None:
+    start = interpolate(au_pair, NebSpec())
+    energies, forces = emt.evaluate(au_pair.initial, start)
+    tangent = tangents(start, energies)
+    found = neb_forces(start, energies, np.zeros_like(forces), 1.0, None)
+    across = found - (found * tangent).sum(axis=(1, 2), keepdims=True) * tangent
+    np.testing.assert_allclose(across, 0.0, atol=1e-12)
+
+
+class Springs:
+    """Bonds, angles and dihedrals of a molecule between two states, and no barrier between them."""
+
+    def __init__(self, pair: EndpointPair) -> None:
+        self.network = make_network([pair.initial, pair.final])
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        places = torch.tensor(positions, requires_grad=True)
+        energies = self.network.energies(places)
+        (gradient,) = torch.autograd.grad(energies.sum(), places)
+        return np.asarray(energies.detach().numpy()), -np.asarray(gradient.numpy())
+
+
+@pytest.fixture(scope="module")
+def ethanol() -> EndpointPair:
+    """Its hydroxyl group turns from anti to gauche."""
+    initial = molecule("CH3CH2OH")
+    final = initial.copy()
+    final.set_dihedral(0, 1, 2, 3, 62, indices=[3])
+    return make_pair("hop", initial, final)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_there_is_no_saddle_no_image_climbs_for_ever(ethanol: EndpointPair, seed: int) -> None:
+    start = interpolate(ethanol, NebSpec())
+    start[1:-1] += 0.1 * np.random.default_rng(seed).standard_normal(start[1:-1].shape)
+    found = relax_band(Springs(ethanol), ethanol.initial, start, NebSpec())
+    assert found.status == "converged"
+    assert found.energies_ev.max() < 0.1
+
+
+def test_the_first_steps_suit_the_stiffest_bond(ethanol: EndpointPair) -> None:
+    """An O-H bond is five times as stiff as a metal's: a step made for that throws it to and fro."""
+    found = relax_band(Springs(ethanol), ethanol.initial, interpolate(ethanol, NebSpec()), NebSpec())
+    assert found.status == "converged"
+    assert found.n_steps < 40
+
+
+class Tblite:
+    """GFN1-xTB behind ``alcore.protocols.Potential``."""
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        tblite = pytest.importorskip("tblite.ase")
+        energies, forces = [], []
+        for place in positions:
+            atoms = template.moved(place).to_atoms()
+            atoms.calc = tblite.TBLite(method="GFN1-xTB", verbosity=0)
+            energies.append(atoms.get_potential_energy())
+            forces.append(atoms.get_forces())
+        return np.array(energies), np.array(forces)
+
+
+@pytest.mark.parametrize("climbing", [None, 3])
+def test_nothing_turns_or_shifts_an_image_of_a_molecule_as_a_whole(ethanol: EndpointPair, climbing: int | None) -> None:
+    """Else springs sort images into orientations of the two end states, and none is left on the barrier."""
+    rng = np.random.default_rng(0)
+    start = interpolate(ethanol, NebSpec())
+    start = start + 0.2 * rng.standard_normal(start.shape)
+    energies, forces = rng.standard_normal(len(start)), rng.standard_normal(start.shape)
+    found = neb_forces(start, energies, forces, 1.0, climbing, loose=True)
+    np.testing.assert_allclose(found.sum(axis=1), 0.0, atol=1e-9)
+    np.testing.assert_allclose(np.cross(start[1:-1], found).sum(axis=1), 0.0, atol=1e-9)
+    bound = neb_forces(start, energies, forces, 1.0, climbing)
+    assert np.abs(np.cross(start[1:-1], bound).sum(axis=1)).max() > 0.1
+
+
+def test_the_band_of_a_molecule_has_the_barrier_of_its_calculator(ethanol: EndpointPair) -> None:
+    potential = Tblite()
+    ends = [
+        ethanol.initial.moved(relax_end_state(potential, state, 0.02).positions[0])
+        for state in (ethanol.initial, ethanol.final)
+    ]
+    pair = make_pair("hop", *(state.to_atoms() for state in ends))
+    found = relax_band(potential, pair.initial, interpolate(pair, NebSpec()), NebSpec())
+    assert found.status == "converged"
+    steps = np.linalg.norm(np.diff(found.positions, axis=0), axis=(1, 2))
+    aligned = [
+        float(np.linalg.norm(superimposed(after, before) - before))
+        for before, after in zip(found.positions[:-1], found.positions[1:], strict=True)
+    ]
+    np.testing.assert_allclose(steps, aligned, rtol=0.05, atol=5e-3)
+    assert steps.max() < 2 * steps.mean()
+    assert found.energies_ev.max() - found.energies_ev[0] == pytest.approx(0.0165, abs=2e-3)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import molecule
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alcore.endpoints import make_pair
 from alcore.mace.network import lattice_wraps, make_network, make_networks, network_key
 from alcore.types import EndpointPair, FloatArray, Structure
 
@@ -102,3 +105,60 @@ def test_a_cell_without_a_third_vector_can_be_unwrapped() -> None:
     cell, pbc = np.diag([4.0, 4.0, 0.0]), np.array([True, True, False])
     found = lattice_wraps(np.array([[[4.3, -8.1, 77.0]]]), np.zeros((1, 3)), cell, pbc)
     np.testing.assert_allclose(found, [[[4.0, -8.0, 0.0]]])
+
+
+def _proton_transfer() -> EndpointPair:
+    """A proton between two fluorides."""
+    initial = Atoms("FFH", positions=[[0, 0, 0], [2.4, 0, 0], [0.95, 0, 0]])
+    final = initial.copy()
+    final.positions[2, 0] = 1.45
+    return make_pair("hop", initial, final, charge=-1.0)
+
+
+def test_a_bond_that_opens_costs_nothing_in_the_end_states_and_is_kept_between_them() -> None:
+    pair = _proton_transfer()
+    middle = (pair.initial.positions + pair.final.positions) / 2
+    nearer = middle * [0.96, 1, 1]  # the fluorides come together, as they do
+    nearer[:, 0] += middle[2, 0] - nearer[2, 0]
+    lost = middle + np.array([[0, 0, 0], [0, 0, 0], [0, 0.6, 0]])
+    torn = pair.initial.positions - np.array([[0.3, 0, 0], [0, 0, 0], [0, 0, 0]])
+    ends = _energies(pair, np.stack([pair.initial.positions, pair.final.positions]))
+    np.testing.assert_allclose(ends, 0.0, atol=1e-9)
+    straight, contracted, aside, open_at_both = _energies(pair, np.stack([middle, nearer, lost, torn]))
+    assert contracted < straight < 1.0  # no wall between the two states
+    assert aside > straight + 0.5
+    assert open_at_both > 0.5
+
+
+def test_forces_on_what_opens_and_closes_are_the_gradient() -> None:
+    pair = _proton_transfer()
+    place = (pair.initial.positions + pair.final.positions) / 2 + 0.05 * np.random.default_rng(3).standard_normal(
+        (3, 3)
+    )
+    positions = torch.tensor(place[None], requires_grad=True)
+    network = make_network([pair.initial, pair.final])
+    (gradient,) = torch.autograd.grad(network.energies(positions).sum(), positions)
+    step = 1e-5
+    for atom in range(3):
+        moved = np.zeros((3, 3))
+        moved[atom, 1] = step
+        up, down = _energies(pair, np.stack([place + moved, place - moved]))
+        assert float(gradient[0, atom, 1]) == pytest.approx((up - down) / (2 * step), abs=1e-5)
+
+
+def test_a_molecule_turns_for_nothing_and_bends_at_a_cost() -> None:
+    atoms = molecule("CH3CH2OH")
+    twisted = atoms.copy()
+    oxygen = int(np.flatnonzero(atoms.numbers == 8)[0])
+    proton = min(np.flatnonzero(atoms.numbers == 1), key=lambda k: float(atoms.get_distance(int(k), oxygen)))
+    carbons = sorted(np.flatnonzero(atoms.numbers == 6), key=lambda k: float(atoms.get_distance(int(k), oxygen)))
+    twisted.set_dihedral(int(carbons[1]), int(carbons[0]), oxygen, int(proton), 62, indices=[proton])
+    pair = make_pair("hop", atoms, twisted)
+    network = make_network([pair.initial, pair.final])
+    turned = atoms.copy()
+    turned.rotate(40, (1, 2, 3))
+    bent = atoms.copy()
+    bent.set_angle(int(carbons[1]), int(carbons[0]), oxygen, 15, indices=[oxygen, proton], add=True)
+    free, costly = network.energies(torch.tensor(np.stack([turned.positions, bent.positions]))).tolist()
+    assert free == pytest.approx(0.0, abs=1e-9)
+    assert costly > 0.1

@@ -269,6 +269,36 @@ def lif_vacancy() -> States:
     return vacancy_hops(perfect, [0, 0, 0], {"final": ("initial", f"{half} {half} 0")})
 
 
+def formic_acid_dimer() -> States:
+    """Two molecules of formic acid, head to tail: both protons go over at once."""
+    half = {"C": [(1.95, 0.15, 0)], "O": [(1.35, 1.22, 0), (1.28, -0.98, 0)], "H": [(3.05, 0.20, 0), (0.28, -1.02, 0)]}
+    one = np.array([place for kind in "COH" for place in half[kind]])
+    initial = Atoms("CO2H2" * 2, positions=np.concatenate([one, -one]))
+    final = initial.copy()
+    mirror = [0, 2, 1, 3, 9, 5, 7, 6, 8, 4]  # each atom takes the place of its mirror image
+    final.positions = initial.positions[mirror] * [1, -1, 1]
+    return {"initial": initial, "final": final}
+
+
+def ammonia() -> States:
+    """Ammonia, and the same with its hydrogens on the other side of the nitrogen."""
+    initial = molecule("NH3")
+    final = initial.copy()
+    final.positions[:, 2] *= -1
+    return {"initial": initial, "final": final}
+
+
+def ethanol() -> States:
+    """Ethanol, anti and gauche: the hydroxyl group turns."""
+    initial = molecule("CH3CH2OH")
+    oxygen = int(np.flatnonzero(initial.numbers == 8)[0])
+    carbons = sorted(np.flatnonzero(initial.numbers == 6), key=lambda k: float(initial.get_distance(k, oxygen)))
+    proton = min(np.flatnonzero(initial.numbers == 1), key=lambda k: float(initial.get_distance(k, oxygen)))
+    final = initial.copy()
+    final.set_dihedral(carbons[1], carbons[0], oxygen, proton, 62, indices=[proton])
+    return {"initial": initial, "final": final}
+
+
 def malonaldehyde() -> States:
     """The enol of malonaldehyde: its proton goes from one oxygen to the other."""
     places = {
