@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 
 from alcore.errors import EndpointError, InputError
 from alcore.files import read_file
-from alcore.neb import Fire, Guards, Relaxed, closest_contact, guard_reason
+from alcore.neb import DOUBT_EVERY, Fire, Guards, Relaxed, closest_contact, guard_reason
 from alcore.protocols import Potential
 from alcore.rigid import is_loose, superimposed
 from alcore.types import EndpointPair, FloatArray, Structure
@@ -245,8 +246,13 @@ def relax_end_state(
     *,
     max_steps: int = 300,
     guards: Guards | None = None,
+    doubt: Callable[[FloatArray, float], str] | None = None,
 ) -> Relaxed:
     """FIRE on one structure; stops at a guard with the last sound geometry, like ``neb.relax_band``.
+
+    Args:
+        doubt: says why a geometry ``(1, n_atoms, 3)`` that lies so many eV below the first can no longer be trusted, or
+            ""; asked every few steps. The relaxation ends there.
 
     Returns:
         positions etc. of one image, ``(1, n_atoms, 3)``.
@@ -278,6 +284,11 @@ def relax_end_state(
             positions, energies, forces = sound
             break
         sound = (positions.copy(), energies, forces)
+        if doubt is not None and step % DOUBT_EVERY == 0:
+            reason = doubt(positions, float(first_energy[0] - energies[0]))
+            if reason:
+                status = "guarded"
+                break
     return Relaxed(
         positions=positions,
         energies_ev=energies,

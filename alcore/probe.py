@@ -31,6 +31,8 @@ MAX_END_STATE_TRIES = 12
 """Relaxed end states that may be labelled for one hop before it is given up."""
 DOUBT_EV, DOUBT_GROWTH = 0.2, 1.2
 """A relaxation stops where the raw sigma of an image exceeds this, and exceeds the starting band's by this factor."""
+NO_GAIN_EV = 0.005
+"""What an end state may lose by being relaxed further than the labels know."""
 BESIDE_ANG = 0.002
 """Far enough for another calculation, near enough to be as relaxed as before."""
 TRUSTED_ERROR_EV = 0.01
@@ -170,7 +172,9 @@ def _settle(
         )
     candidates = []
     for side, image, structure in restless:
-        relaxed = relax_end_state(surrogate, structure, 0.3 * limit, guards=spec.guards)
+        relaxed = relax_end_state(
+            surrogate, structure, 0.3 * limit, guards=spec.guards, doubt=_unlikely(surrogate, structure)
+        )
         place = structure.moved(relaxed.positions[0])
         other = pair.final if side == "initial" else pair.initial
         if np.abs(place.positions - other.positions).max() < 0.1:
@@ -186,6 +190,16 @@ def _settle(
     if not candidates:
         return Probe(candidates=(), hopeless=f"the {names} state cannot be relaxed further on the surrogate")
     return Probe(candidates=tuple(candidates))
+
+
+def _unlikely(surrogate: Surrogate, start: Structure) -> Callable[[FloatArray, float], str]:
+    """Stops a relaxation where sigma of the energy it gained exceeds that gain: beyond, it may as well be lost."""
+
+    def doubt(positions: FloatArray, gain_ev: float) -> str:
+        sigma = float(surrogate.posterior_sigma(start, np.concatenate([start.positions[None], positions]))[1])
+        return f"± {sigma:.3f} eV" if sigma > max(gain_ev, NO_GAIN_EV) else ""
+
+    return doubt
 
 
 def _start(pair: EndpointPair, spec: ProbeSpec, previous: PathRecord | None) -> tuple[FloatArray, tuple[int, ...]]:

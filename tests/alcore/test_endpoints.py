@@ -15,7 +15,7 @@ from ase.io import write
 
 from alcore.endpoints import make_pair, read_atoms, read_band, relax_end_state
 from alcore.errors import EndpointError, InputError
-from alcore.types import EndpointPair, Structure
+from alcore.types import EndpointPair, FloatArray, Structure
 
 HOP_ANG = 2.5527
 """Nearest-neighbour distance of copper at a = 3.61 Å."""
@@ -207,6 +207,22 @@ def test_relaxing_an_end_state_finds_its_minimum(au_pair: EndpointPair, emt: Any
     np.testing.assert_allclose(found.positions[0][~free], au_pair.initial.positions[~free])
     energy, _ = emt.evaluate(au_pair.initial, au_pair.initial.positions[None])
     assert found.energies_ev[0] == pytest.approx(energy[0], abs=2e-3)
+
+
+def test_relaxing_an_end_state_ends_where_it_is_doubted(au_pair: EndpointPair, emt: Any) -> None:
+    up = au_pair.initial.positions.copy()
+    up[-1, 2] += 0.2
+    gains: list[float] = []
+
+    def doubt(positions: FloatArray, gain_ev: float) -> str:
+        gains.append(gain_ev)
+        return "far enough" if gain_ev > 0.01 else ""
+
+    found = relax_end_state(emt, au_pair.initial.moved(up), 0.01, doubt=doubt)
+    assert (found.status, found.reason) == ("guarded", "far enough")
+    energies, _ = emt.evaluate(au_pair.initial, np.stack([up, found.positions[0]]))
+    assert gains[-1] == pytest.approx(energies[0] - energies[1])
+    assert gains[-1] > 0.01 >= max(gains[:-1], default=0.0)
 
 
 def test_relaxing_stops_where_it_makes_no_sense() -> None:

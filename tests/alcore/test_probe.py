@@ -13,7 +13,6 @@ from alcore.identity import label_key
 from alcore.neb import NebSpec
 from alcore.probe import MAX_END_STATE_TRIES, Probe, ProbeSpec, probe_path, relaxed_band
 from alcore.types import CommitteePrediction, EndpointPair, FloatArray, Label, PathRecord, Residual, Structure
-from alcore.uncertainty import relative_sigmas
 
 AU_BARRIER_EV = 0.3745
 BARRIER_EV = 0.002
@@ -44,7 +43,7 @@ class SureEmt:
         )
 
     def posterior_sigma(self, template: Structure, positions: FloatArray) -> FloatArray:
-        return relative_sigmas(self.predict(template, positions))[1]
+        return np.zeros(len(positions))
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -141,6 +140,24 @@ def test_an_end_state_with_a_force_is_relaxed(
     assert relaxed.forces is not None
     assert candidate.structure.free_fmax(relaxed.forces) < SPEC.end_state_fmax_ev_per_ang
     np.testing.assert_allclose(candidate.forces, relaxed.forces, atol=1e-9)
+
+
+def test_an_end_state_is_not_relaxed_beyond_what_the_labels_know(
+    au_pair: EndpointPair, emt: Any, ends: tuple[Label, Label], label_of: Callable[..., Label]
+) -> None:
+    """Sigma grows with the way: the label is due where it exceeds the gain, not at a minimum that is but a guess."""
+
+    class Unsure(SureEmt):
+        def posterior_sigma(self, template: Structure, positions: FloatArray) -> FloatArray:
+            return np.asarray(20.0 * np.linalg.norm(positions - positions[:1], axis=(1, 2)) ** 2)
+
+    pair, label = _restless(au_pair, "final", label_of)
+    way = {
+        kind: float(np.linalg.norm(_probe(pair, kind(emt), ends[0], label).candidates[0].structure.positions - place))
+        for place in [pair.final.positions]
+        for kind in (SureEmt, Unsure)
+    }
+    assert 0.01 < way[Unsure] < 0.7 * way[SureEmt]
 
 
 def test_an_end_state_is_given_up_with_a_reason(
