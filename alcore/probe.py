@@ -35,6 +35,8 @@ NO_GAIN_EV = 0.005
 """What an end state may lose by being relaxed further than the labels know."""
 BESIDE_ANG = 0.002
 """Far enough for another calculation, near enough to be as relaxed as before."""
+BACK = 0.25
+"""Share of the way back to where an image came from, for each label in vain: collapsed atoms are not asked for ever."""
 TRUSTED_ERROR_EV = 0.01
 """A band whose label was predicted within this is worth starting from again; any other starts from the interpolation,
 or it might not move and its saddle, labelled already, would never be confirmed."""
@@ -94,8 +96,8 @@ def probe_path(
         failed: those of them whose label is of no use.
     """
 
-    def again(structure: Structure) -> Structure:
-        return beside(structure, lambda place: key_of(place) in failed)
+    def again(structure: Structure, home: FloatArray | None = None) -> Structure:
+        return beside(structure, lambda place: key_of(place) in failed, home)
 
     unlabelled = [
         Candidate(
@@ -134,15 +136,23 @@ def probe_path(
     return Probe(candidates=tuple(candidates), band=band, barrier=estimate_barrier(band))
 
 
-def beside(structure: Structure, spoiled: Callable[[Structure], bool]) -> Structure:
-    """The structure itself, or, where asking for it brought no good label, a place beside it that was not asked yet.
+def beside(structure: Structure, spoiled: Callable[[Structure], bool], home: FloatArray | None = None) -> Structure:
+    """The structure itself, or, where asking for it brought no good label, a place near it that was not asked yet.
 
-    The free atoms move by about ``BESIDE_ANG``: a calculation that fails at one geometry often works at the next.
+    First the free atoms move by about ``BESIDE_ANG``: a calculation that fails at one geometry often works at the next.
+    Where that was of no use either, they go back towards ``home``, further each time.
+
+    Args:
+        structure: the place.
+        spoiled: whether a place brought no good label.
+        home: positions from which a relaxation came to this place, ``(n_atoms, 3)`` in Å, or None.
     """
     place, tries = structure, 0
     while spoiled(place):
         tries += 1
         moves = np.random.default_rng(tries).normal(scale=BESIDE_ANG, size=structure.positions.shape)
+        if home is not None:
+            moves += min(BACK * (tries - 1), 1.0) * (home - structure.positions)
         place = structure.moved(structure.positions + np.where(structure.fixed, 0.0, moves))
     return place
 
@@ -234,7 +244,7 @@ def relaxed_band(
     surrogate: Surrogate,
     spec: ProbeSpec,
     start: FloatArray,
-    again: Callable[[Structure], Structure] = lambda structure: structure,
+    again: Callable[[Structure, FloatArray], Structure] = lambda structure, home: structure,
     minima: Sequence[int] = (),
 ) -> tuple[Band, CommitteePrediction]:
     """The band relaxed on the surrogate, with every image's uncertainty relative to the initial state.
@@ -242,7 +252,7 @@ def relaxed_band(
     Args:
         pair, surrogate, spec: see ``probe_path``.
         start: where the images start, Å, ``(n_images, n_atoms, 3)``.
-        again: moves an image a little if asking for it as it is would be of no use.
+        again: moves an image, towards where it started, if asking for it as it is would be of no use.
         minima: images of ``start`` at which it is divided.
     """
 
@@ -255,7 +265,12 @@ def relaxed_band(
     relaxed: Relaxed = relax_path(
         surrogate, pair.initial, start, spec.neb, spec.guards, doubt, minima=minima, unsure=unsure
     )
-    inner = [again(pair.initial.moved(place)).positions for place in relaxed.positions[1:-1]]
+    n_images = len(relaxed.positions)
+    homes = start[np.linspace(0, len(start) - 1, n_images).round().astype(int)]  # a divided path has more images
+    inner = [
+        again(pair.initial.moved(place), home).positions
+        for place, home in zip(relaxed.positions[1:-1], homes[1:-1], strict=True)
+    ]
     positions = np.stack([relaxed.positions[0], *inner, relaxed.positions[-1]])
     prediction = surrogate.predict(pair.initial, positions)
     committee, posterior = relative_sigmas(prediction)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ase import Atoms
 
 from alcore.identity import label_key
 from alcore.neb import NebSpec
-from alcore.probe import MAX_END_STATE_TRIES, Probe, ProbeSpec, probe_path, relaxed_band
+from alcore.probe import MAX_END_STATE_TRIES, Probe, ProbeSpec, beside, probe_path, relaxed_band
 from alcore.types import CommitteePrediction, EndpointPair, FloatArray, Label, PathRecord, Residual, Structure
 
 AU_BARRIER_EV = 0.3745
@@ -247,3 +248,48 @@ def test_sigmas_of_a_band_are_calibrated(au_pair: EndpointPair, surrogate: SureE
     )
     np.testing.assert_allclose(thrice.sigma_ev[1:] / once.sigma_ev[1:], 3.0, rtol=0.02)
     np.testing.assert_array_equal(thrice.sigma_posterior_ev, once.sigma_posterior_ev)
+
+
+class Sinking(SureEmt):
+    """Pulls the hopping atom down into the surface, where no label is good."""
+
+    def evaluate(self, template: Structure, positions: FloatArray) -> tuple[FloatArray, FloatArray]:
+        energies, forces = super().evaluate(template, positions)
+        depth = positions[:, -1, 2] - template.positions[-1, 2]
+        forces = forces.copy()
+        forces[:, -1, 2] -= 20.0
+        return energies + 20.0 * depth, forces
+
+
+def test_a_place_that_brings_no_label_is_left_for_one_nearer_the_start(
+    au_pair: EndpointPair, emt: Any, ends: tuple[Label, Label]
+) -> None:
+    """The surrogate learns nothing from failures, so its band comes out the same each time; what is asked must not."""
+    failed: set[str] = set()
+    heights = []
+    for _ in range(6):
+        found = _probe(au_pair, Sinking(emt), *ends, asked=frozenset(failed), failed=frozenset(failed))
+        (candidate,) = found.candidates
+        assert key_of(candidate.structure) not in failed
+        failed.add(key_of(candidate.structure))
+        heights.append(float(candidate.structure.positions[-1, 2]))
+    start = float(au_pair.initial.positions[-1, 2])
+    assert heights[0] < start - 0.05
+    assert abs(heights[1] - heights[0]) < 0.02  # first beside it: perhaps it was bad luck
+    assert all(np.diff(heights[1:]) > 0.01) or heights[-1] > start - 0.02
+    assert heights[-1] > heights[0] + 0.8 * (start - heights[0])
+
+
+def test_the_way_back_ends_where_it_began() -> None:
+    structure = Structure.from_atoms(Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 1.0]]))
+    home = np.array([[0, 0, 0], [0, 0, 2.5]])
+    places: list[FloatArray] = []
+
+    def spoiled(place: Structure) -> bool:
+        places.append(place.positions)
+        return len(places) < 9
+
+    beside(structure, spoiled, home)
+    gaps = [place[1, 2] - place[0, 2] for place in places]
+    np.testing.assert_allclose(gaps[:7], [1.0, 1.0, 1.375, 1.75, 2.125, 2.5, 2.5], atol=0.02)
+    assert len({place.tobytes() for place in places}) == len(places)
