@@ -35,7 +35,7 @@ NO_GAIN_EV = 0.005
 """What an end state may lose by being relaxed further than the labels know."""
 BESIDE_ANG = 0.002
 """Far enough for another calculation, near enough to be as relaxed as before."""
-BACK = 0.25
+BACK = 0.5
 """Share of the way back to where an image came from, for each label in vain: collapsed atoms are not asked for ever."""
 TRUSTED_ERROR_EV = 0.01
 """A band whose label was predicted within this is worth starting from again; any other starts from the interpolation,
@@ -274,7 +274,8 @@ def relaxed_band(
     positions = np.stack([relaxed.positions[0], *inner, relaxed.positions[-1]])
     prediction = surrogate.predict(pair.initial, positions)
     committee, posterior = relative_sigmas(prediction)
-    sigma = calibrated(of_lead(committee, prediction.lead), posterior, spec.calibration)
+    lost = relaxed.status != "converged"
+    sigma = calibrated(of_lead(committee, prediction.lead), posterior, spec.calibration, astray=lost)
     sigma[0] = 0.0  # the initial state is the zero of energy
     band = Band(
         path=pair.name,

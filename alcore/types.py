@@ -398,11 +398,13 @@ class Calibration:
 
     Attributes:
         factor: multiplies the model's raw sigma (the label noise is added after it).
-        n_residuals: how many of the loop's own residuals it rests on.
+        astray: the same for a band that did not converge, where the model has left what its labels know.
+        n_residuals: how many of the loop's own residuals both rest on.
         source: how it came about, for a person.
     """
 
     factor: float = 2.0
+    astray: float = 4.0
     n_residuals: int = 0
     source: str = "default, no residuals yet"
 

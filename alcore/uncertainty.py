@@ -4,7 +4,8 @@ Two raw sigmas are kept apart: the committee's spread and the correction's poste
 and multiplied by one factor, learned from the loop's own residuals: each label is predicted before it is trained on,
 so |error| / sigma is a fair test. The label noise is added after that. The factor is the scale of the posterior of a
 Gaussian error model with an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6) that other runs
-have set, so a run with few residuals of its own relies on theirs, and one lucky label does not make it small.
+have set, so a run with few residuals of its own relies on theirs, and one lucky label does not make it small. Bands
+that did not converge have a factor of their own: what a model says of collapsed atoms tells nothing of its saddles.
 """
 
 from __future__ import annotations
@@ -46,26 +47,40 @@ def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float)
 
 
 def calibrate(residuals: Sequence[Residual], others: Calibration = OVER_UNTRAINED) -> Calibration:
-    """The factor that makes ``residuals`` look Gaussian; the more there are, the less what ``others`` found counts."""
+    """The factors that make ``residuals`` look Gaussian; the more there are, the less what ``others`` found counts."""
     scores = np.array(
         [r.error_ev / float(combined(of_lead(r.sigma_committee_ev, r.lead), r.sigma_posterior_ev)) for r in residuals]
     )
-    total = OTHERS_WEIGHT * others.factor**2 + float((scores**2).sum())
-    factor = float(np.sqrt(total / (OTHERS_WEIGHT + len(scores))))
+    is_astray = np.array([r.kind == "uncertain" for r in residuals], dtype=bool)
+    factor, astray = _scale(scores[~is_astray], others.factor), _scale(scores[is_astray], others.astray)
     theirs = f"{others.factor:g} from {others.n_residuals} residuals of {others.source}"
     if not len(scores):
-        return Calibration(factor=factor, n_residuals=0, source=f"{theirs}, none of its own yet")
+        return Calibration(factor=factor, astray=astray, n_residuals=0, source=f"{theirs}, none of its own yet")
     rms = float(np.sqrt((scores**2).mean()))
     return Calibration(
         factor=factor,
+        astray=astray,
         n_residuals=len(scores),
         source=f"{len(scores)} residuals of its own (rms z {rms:.1f}) and {theirs}",
     )
 
 
+def _scale(scores: FloatArray, others_factor: float) -> float:
+    total = OTHERS_WEIGHT * others_factor**2 + float((scores**2).sum())
+    return float(np.sqrt(total / (OTHERS_WEIGHT + len(scores))))
+
+
 def calibrated(
-    committee_ev: FloatArray | float, posterior_ev: FloatArray | float, calibration: Calibration
+    committee_ev: FloatArray | float,
+    posterior_ev: FloatArray | float,
+    calibration: Calibration,
+    *,
+    astray: bool = False,
 ) -> FloatArray:
-    """Calibrated sigma in eV. The factor corrects the model's own sigmas; the label noise is what it is, and stays."""
+    """Calibrated sigma in eV. The factor corrects the model's own sigmas; the label noise is what it is, and stays.
+
+    Args:
+        astray: of a band that did not converge.
+    """
     spread = np.hypot(committee_ev, posterior_ev)
-    return np.asarray(np.hypot(calibration.factor * spread, ENERGY_NOISE_EV))
+    return np.asarray(np.hypot((calibration.astray if astray else calibration.factor) * spread, ENERGY_NOISE_EV))

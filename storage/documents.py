@@ -24,6 +24,7 @@ from mongoengine import (
     StringField,
 )
 
+from alcore import types
 from storage.fields import ArrayField, PlainField
 
 REMOVED = " (removed)"
@@ -101,6 +102,7 @@ class CalibrationDocument(Part):
     """``alcore.types.Calibration``."""
 
     factor = FloatField(required=True)
+    astray = FloatField(default=types.Calibration.astray)  # older documents have none
     n_residuals = IntField(required=True)
     source = StringField(required=True)
 

@@ -23,6 +23,8 @@ DEFAULT: CorrectionName = "blr+gp"
 
 LOOSE_FORCE_EV_PER_ANG = 1.0
 """A label whose largest reference force is this is fitted with twice the noise of one at rest."""
+COLLAPSED_EV_PER_ANG = 10.0
+"""Above this force the noise grows with its cube: atoms that nearly touch say that they should not, and no more."""
 NETWORK_SCALE_STD = 0.5
 """How far the scale of the elastic network may well be from 1."""
 CALM_TRAINED, CALM_UNTRAINED = 0.9, 0.5
@@ -152,8 +154,14 @@ def _observations(
         energy=np.stack([rows[label.key][0] for label in mine]),
         forces=np.stack([rows[label.key][1][free] for label in mine]),
         groups=composition_groups(labels)[list(places)],
-        looseness=np.array([1.0 + (label_fmax(label) or 0.0) / LOOSE_FORCE_EV_PER_ANG for label in mine]),
+        looseness=np.array([looseness_of(label) for label in mine]),
     )
+
+
+def looseness_of(label: Label) -> float:
+    """Factor on the noise of a label: a geometry far from any path need not be reproduced as well as one on it."""
+    fmax = label_fmax(label) or 0.0
+    return 1.0 + fmax / LOOSE_FORCE_EV_PER_ANG * max(1.0, fmax / COLLAPSED_EV_PER_ANG) ** 2
 
 
 def model_residuals(surrogate: MaceSurrogate, labels: Sequence[Label]) -> tuple[FloatArray, list[FloatArray]]:

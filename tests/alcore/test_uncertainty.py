@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alcore.correction import ENERGY_NOISE_EV
-from alcore.types import Calibration, CommitteePrediction, FloatArray, Residual
+from alcore.types import Calibration, CommitteePrediction, FloatArray, LabelKind, Residual
 from alcore.uncertainty import OVER_TRAINED, OVER_UNTRAINED, calibrate, calibrated, combined, relative_sigmas
 
 
@@ -23,11 +23,11 @@ def _prediction(members: FloatArray, covariance: FloatArray | None = None) -> Co
     )
 
 
-def _residual(error: float, sigma: float) -> Residual:
+def _residual(error: float, sigma: float, kind: LabelKind = "saddle") -> Residual:
     return Residual(
         key="k",
         path="p",
-        kind="saddle",
+        kind=kind,
         generation=1,
         predicted_ev=error,
         labelled_ev=0.0,
@@ -86,6 +86,21 @@ def test_many_residuals_find_their_own_scale(scale: float, seed: int) -> None:
     found = calibrate([_residual(z * 0.05, 0.05) for z in scores])
     assert found.factor == pytest.approx(np.sqrt((scores**2).mean()), rel=0.03)
     assert found.n_residuals == 2000
+
+
+def test_collapsed_atoms_do_not_make_every_saddle_uncertain() -> None:
+    """One label of two atoms on top of each other, 24 sigma off, kept a run from being sure for fifteen labels."""
+    sound = [_residual(0.05, 0.05)] * 3
+    before, after = calibrate(sound), calibrate([*sound, _residual(-10.0, 0.4, "uncertain")])
+    assert after.factor == before.factor
+    assert after.astray > 2 * before.astray
+    assert after.n_residuals == 4
+
+
+def test_a_band_that_did_not_converge_has_a_factor_of_its_own() -> None:
+    both = Calibration(factor=1.5, astray=4.0)
+    assert calibrated(0.0, 0.1, both) == pytest.approx(0.15, rel=1e-3)
+    assert calibrated(0.0, 0.1, both, astray=True) == pytest.approx(0.4, rel=1e-3)
 
 
 def test_one_lucky_label_does_not_make_it_sure() -> None:

@@ -18,6 +18,7 @@ from alcore.errors import StoreError
 from storage import mapping
 from storage.documents import (
     BandDocument,
+    CalibrationDocument,
     GenerationDocument,
     LabelDocument,
     RunDocument,
@@ -157,7 +158,7 @@ def generations(draw: st.DrawFn) -> types.GenerationRecord:
         n_labels_reused=draw(counts),
         kinds=draw(st.dictionaries(keys, st.sampled_from(get_args(types.LabelKind)), max_size=2)),
         calls_by_kind=draw(st.dictionaries(texts, counts, max_size=3)),
-        calibration=draw(st.builds(types.Calibration, factor=floats, n_residuals=counts, source=texts)),
+        calibration=draw(st.builds(types.Calibration, factor=floats, astray=floats, n_residuals=counts, source=texts)),
         surrogate=draw(mappings),
         seconds=draw(st.dictionaries(texts, floats, max_size=3)),
         decision=draw(decisions),
@@ -256,3 +257,9 @@ def test_what_cannot_be_stored_is_refused_in_one_line(value: Any) -> None:
     run = types.RunRecord(name="r", settings={"odd": value}, settings_sha256="")
     with pytest.raises(StoreError, match="cannot be stored"):
         mapping.to_son(mapping.run_to_document(run))
+
+
+def test_a_calibration_stored_before_bands_astray_had_a_factor_reads_with_the_default() -> None:
+    son = {"factor": 1.5, "n_residuals": 3, "source": "its own"}
+    document = mapping.from_son(CalibrationDocument, son)
+    assert document.astray == types.Calibration.astray

@@ -320,6 +320,15 @@ def test_a_geometry_far_from_any_path_is_fitted_loosely(
     assert max(wanted) > 2 * min(wanted)
 
 
+@pytest.mark.parametrize(("fmax", "looseness"), [(0.0, 1.0), (1.0, 2.0), (10.0, 11.0), (20.0, 81.0), (50.0, 1251.0)])
+def test_collapsed_atoms_are_hardly_fitted_at_all(labels: tuple[Label, ...], fmax: float, looseness: float) -> None:
+    """One such label among others set the scale of everything: ten more were needed to mend that."""
+    pull = np.zeros_like(labels[0].structure.positions)
+    pull[-1, 2] = fmax
+    label = replace(labels[0], forces=pull)
+    assert fitting.looseness_of(label) == pytest.approx(looseness)
+
+
 def test_an_atom_that_hops_more_than_half_a_cell_is_not_unwrapped(
     lively_model: Any, rattled: list[Structure], labels: tuple[Label, ...]
 ) -> None:
