@@ -16,7 +16,8 @@ from scipy.optimize import linear_sum_assignment
 
 from alcore.errors import EndpointError, InputError
 from alcore.files import read_file
-from alcore.neb import DOUBT_EVERY, Fire, Guards, Relaxed, closest_contact, guard_reason
+from alcore.neb import DOUBT_EVERY, Guards, Relaxed, closest_contact, guard_reason
+from alcore.optimisers import Fire
 from alcore.protocols import Potential
 from alcore.rigid import is_loose, superimposed
 from alcore.types import EndpointPair, FloatArray, Structure

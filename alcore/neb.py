@@ -2,7 +2,7 @@
 
 Improved tangents (Henkelman and Jónsson, J. Chem. Phys. 113, 9978 (2000)), climbing image (Henkelman, Uberuaga and
 Jónsson, J. Chem. Phys. 113, 9901 (2000)), L-BFGS over the whole band (Sheppard, Terrell and Henkelman, J. Chem. Phys.
-128, 134106 (2008), there "global L-BFGS"), FIRE where that fails (Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006)).
+128, 134106 (2008), there "global L-BFGS"), FIRE where that fails.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.mep.neb import idpp_interpolate
 
-from alcore.covalent import stiffest_bond_ev_per_ang2
 from alcore.neighbours import neighbours
+from alcore.optimisers import Fire, Lbfgs, stiffness_of
 from alcore.protocols import Potential
 from alcore.rigid import is_loose, rigid_motions, superimposed, without
 from alcore.types import EndpointPair, FloatArray, Structure
 
+Evaluated = tuple[FloatArray, FloatArray, FloatArray]
+"""Positions, energies and forces of all images."""
 FLAT_EV = 1e-10
 """Images whose energies differ by less have no uphill neighbour."""
 RUNAWAY = 3.0
@@ -54,14 +56,9 @@ class NebSpec:
 
 DOUBT_EVERY = 2
 """Steps between two questions whether the potential still knows what it is doing; an L-BFGS step goes far."""
-STIFFNESS_EV_PER_ANG2 = 15.0
-"""First guess of the curvature where no covalent bond is stiffer: that of a metal's (8 to 30 converge alike)."""
 SUMMIT_FRACTION, SUMMIT_STEPS, SUMMIT_REACH_ANG = 0.2, 40, 0.2
 """Of the limit of the band, to which the climbing image is relaxed in the end; steps and movement it takes at most, and
 the others after it: both are a few times what was ever needed."""
-LEAST_CURVATURE_EV_PER_ANG2 = 1e-3
-LBFGS_MEMORY, LBFGS_PATIENCE = 20, 30
-"""Steps that are remembered, and steps without a smaller force after which FIRE goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,34 +256,22 @@ def _relaxed(
     limits: Guards,
     doubt: Callable[[FloatArray], str] | None,
 ) -> Relaxed:
-    free, loose = ~template.fixed[None], is_loose(template)
     positions = np.array(start)
     energies, forces = potential.evaluate(template, positions)
     sound = (positions.copy(), energies, forces)
-    stiffness = stiffness_of(template)
-    optimiser: Lbfgs | Fire = Lbfgs(spec.max_step_ang, stiffness)
-    climbing: int | None = None
-    before: tuple[FloatArray, FloatArray, FloatArray] | None = None
-    climbs = spec.climb
+    optimiser: Lbfgs | Fire = Lbfgs(spec.max_step_ang, stiffness_of(template))
+    climb = _Climb(spec)
     fmax, reason, status, step = float("inf"), "", "max_steps", 0
 
-    def pushed() -> tuple[FloatArray, float]:
-        force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing, loose=loose)
-        force = np.where(free, force, 0.0)
-        return force, float(np.linalg.norm(force, axis=2).max())
-
     for step in range(spec.max_steps + 1):
-        force, fmax = pushed()
-        top = summit(energies)
-        if climbs and top not in (None, climbing) and fmax < spec.climbs_below:
-            before = before or sound
-            climbing = top
-            force, fmax = pushed()
+        force, fmax = _pushed(template, positions, energies, forces, spec, climb.image)
+        if climb.starts(sound, fmax):
             optimiser.new_forces()
-        elif climbing is not None and before is not None and _runs_away(positions, climbing, before[0]):
-            (positions, energies, forces), climbing, climbs = (array.copy() for array in before), None, False
-            optimiser = Lbfgs(spec.max_step_ang, stiffness)
-            force, fmax = pushed()
+            force, fmax = _pushed(template, positions, energies, forces, spec, climb.image)
+        elif climb.runs_away(positions):
+            positions, energies, forces = climb.taken_back()
+            optimiser = Lbfgs(spec.max_step_ang, stiffness_of(template))
+            force, fmax = _pushed(template, positions, energies, forces, spec, None)
         if fmax < spec.fmax_ev_per_ang:
             status = "converged"
             break
@@ -316,17 +301,56 @@ def _relaxed(
         forces=forces,
         status=status,  # type: ignore[arg-type]
         reason=reason,
-        climbing_image=climbing,
+        climbing_image=climb.image,
         fmax_ev_per_ang=fmax,
         n_steps=step,
     )
 
 
-def _runs_away(positions: FloatArray, climbing: int, before: FloatArray) -> bool:
-    """Whether the climbing image has left the others behind."""
-    mean = float(np.linalg.norm(np.diff(before, axis=0), axis=(1, 2)).mean())
-    gaps = np.linalg.norm(positions[[climbing - 1, climbing + 1]] - positions[climbing], axis=(1, 2))
-    return float(gaps.max()) > RUNAWAY * mean
+def _pushed(
+    template: Structure,
+    positions: FloatArray,
+    energies: FloatArray,
+    forces: FloatArray,
+    spec: NebSpec,
+    climbing: int | None,
+) -> tuple[FloatArray, float]:
+    """The forces of the band on what may move, and the largest on an atom."""
+    force = neb_forces(positions, energies, forces, spec.spring_ev_per_ang2, climbing, loose=is_loose(template))
+    force = np.where(template.fixed, 0.0, force)
+    return force, float(np.linalg.norm(force, axis=2).max())
+
+
+class _Climb:
+    """Which image climbs, and the band as it was before the first one did."""
+
+    def __init__(self, spec: NebSpec) -> None:
+        self.allowed, self.below = spec.climb, spec.climbs_below
+        self.image: int | None = None
+        self.before: Evaluated | None = None
+
+    def starts(self, band: Evaluated, fmax: float) -> bool:
+        """Whether another image climbs from here on."""
+        top = summit(band[1])
+        if not self.allowed or top in (None, self.image) or fmax >= self.below:
+            return False
+        self.image, self.before = top, self.before or band
+        return True
+
+    def runs_away(self, positions: FloatArray) -> bool:
+        """Whether the climbing image has left the others behind."""
+        if self.image is None or self.before is None:
+            return False
+        mean = float(np.linalg.norm(np.diff(self.before[0], axis=0), axis=(1, 2)).mean())
+        gaps = np.linalg.norm(positions[[self.image - 1, self.image + 1]] - positions[self.image], axis=(1, 2))
+        return float(gaps.max()) > RUNAWAY * mean
+
+    def taken_back(self) -> Evaluated:
+        """The band as it was; nothing climbs any more."""
+        assert self.before is not None
+        self.allowed, self.image = False, None
+        positions, energies, forces = self.before
+        return positions.copy(), energies.copy(), forces.copy()
 
 
 def _on_summit(potential: Potential, template: Structure, relaxed: Relaxed, climbing: int, spec: NebSpec) -> Relaxed:
@@ -392,84 +416,6 @@ def summit(energies: FloatArray) -> int | None:
     """The highest interior image, if it lies above both end states."""
     top = int(energies[1:-1].argmax()) + 1
     return top if energies[top] > max(energies[0], energies[-1]) else None
-
-
-def stiffness_of(template: Structure) -> float:
-    """First guess of the curvature, eV/Å²."""
-    return max(STIFFNESS_EV_PER_ANG2, stiffest_bond_ev_per_ang2(template))
-
-
-class Lbfgs:
-    """L-BFGS over all images at once, without line search, with a cap on the longest atomic step.
-
-    Two-loop recursion of Nocedal and Wright, Numerical Optimization, algorithm 7.4. NEB forces are no gradient: a pair
-    that shows no positive curvature clears the memory, and ``stalled`` says when to hand over to FIRE.
-    """
-
-    def __init__(self, max_step: float, stiffness_ev_per_ang2: float = STIFFNESS_EV_PER_ANG2) -> None:
-        self.max_step, self.stiffness_ev_per_ang2 = max_step, stiffness_ev_per_ang2
-        self.pairs: list[tuple[FloatArray, FloatArray]] = []
-        self.last: tuple[FloatArray, FloatArray] | None = None
-        self.best, self.since_best = float("inf"), 0
-
-    def new_forces(self) -> None:
-        """The forces are of another kind from now on (an image climbs): do not compare them with those before."""
-        self.last, self.best, self.since_best = None, float("inf"), 0
-
-    def stalled(self, fmax: float) -> bool:
-        """Whether the force (eV/Å) has not fallen below its best for ``LBFGS_PATIENCE`` steps."""
-        self.since_best = 0 if fmax < self.best else self.since_best + 1
-        self.best = min(self.best, fmax)
-        return self.since_best >= LBFGS_PATIENCE
-
-    def step(self, force: FloatArray) -> FloatArray:
-        """Displacement for ``force``, same shape."""
-        if self.last is not None:
-            moved, change = self.last[0], self.last[1] - force
-            curved = float((moved * change).sum()) > LEAST_CURVATURE_EV_PER_ANG2 * float((moved**2).sum())
-            self.pairs = [*self.pairs[1 - LBFGS_MEMORY :], (moved, change)] if curved else []
-        move, weights = force.copy(), []
-        for moved, change in reversed(self.pairs):
-            weights.append(float((moved * move).sum()) / float((moved * change).sum()))
-            move = move - weights[-1] * change
-        move = move / self.stiffness_ev_per_ang2
-        for (moved, change), weight in zip(self.pairs, reversed(weights), strict=True):
-            move = move + moved * (weight - float((change * move).sum()) / float((moved * change).sum()))
-        longest = float(np.linalg.norm(move, axis=-1).max())
-        move = move * min(1.0, self.max_step / max(longest, 1e-12))
-        self.last = (move, force.copy())
-        return np.asarray(move)
-
-
-class Fire:
-    """FIRE with a cap on the longest atomic step; velocities are its only state."""
-
-    def __init__(self, max_step: float, dt: float = 0.1, dt_max: float = 1.0) -> None:
-        self.max_step, self.dt, self.dt_max = max_step, dt, dt_max
-        self.alpha, self.downhill = 0.1, 0
-        self.velocity: FloatArray | None = None
-
-    def new_forces(self) -> None:
-        """Nothing to forget: the next step puts the velocity right."""
-
-    def step(self, force: FloatArray) -> FloatArray:
-        """Displacement for ``force``, same shape."""
-        if self.velocity is None:
-            self.velocity = np.zeros_like(force)
-        power = float((force * self.velocity).sum())
-        if power > 0:
-            speed, push = np.linalg.norm(self.velocity), max(float(np.linalg.norm(force)), 1e-12)
-            self.velocity = (1 - self.alpha) * self.velocity + self.alpha * speed * force / push
-            self.downhill += 1
-            if self.downhill > 5:
-                self.dt, self.alpha = min(1.1 * self.dt, self.dt_max), 0.99 * self.alpha
-        elif np.any(self.velocity):
-            self.velocity = np.zeros_like(force)
-            self.dt, self.alpha, self.downhill = 0.5 * self.dt, 0.1, 0
-        self.velocity = self.velocity + self.dt * force
-        move = self.dt * self.velocity
-        longest = float(np.linalg.norm(move, axis=-1).max())
-        return np.asarray(move * min(1.0, self.max_step / max(longest, 1e-12)))
 
 
 def path_coordinate(template: Structure, positions: FloatArray) -> FloatArray:

@@ -404,7 +404,7 @@ class Calibration:
     """
 
     factor: float = 2.0
-    astray: float = 4.0
+    astray: float = 5.5
     n_residuals: int = 0
     source: str = "default, no residuals yet"
 
