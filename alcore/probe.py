@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -133,7 +133,18 @@ def probe_path(
         # The band did not move, so its saddle could never be put to the test again: come to it another way.
         band, prediction = relaxed_band(pair, surrogate, spec, interpolate(pair, spec.neb), again)
     candidates = select(band, prediction, spec.select, key_of=key_of, labelled=asked, guards=spec.guards)
+    candidates = [as_uncertain(candidate, prediction.lead, spec.calibration) for candidate in candidates]
     return Probe(candidates=tuple(candidates), band=band, barrier=estimate_barrier(band))
+
+
+def as_uncertain(candidate: Candidate, lead: str, calibration: Calibration) -> Candidate:
+    """The candidate with the sigma that its label will be held against: whoever asks where a model is least certain
+    also finds where it is most wrong, so those have a factor of their own."""
+    if candidate.kind != "uncertain":
+        return candidate
+    committee = of_lead(candidate.sigma_committee_ev or 0.0, lead)
+    sigma = calibrated(committee, candidate.sigma_posterior_ev or 0.0, calibration, astray=True)
+    return replace(candidate, sigma_ev=float(sigma))
 
 
 def beside(structure: Structure, spoiled: Callable[[Structure], bool], home: FloatArray | None = None) -> Structure:

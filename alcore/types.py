@@ -398,7 +398,8 @@ class Calibration:
 
     Attributes:
         factor: multiplies the model's raw sigma (the label noise is added after it).
-        astray: the same for a band that did not converge, where the model has left what its labels know.
+        astray: the same for a band that did not converge, where the model has left what its labels know, and for what
+            is asked because it is uncertain.
         n_residuals: how many of the loop's own residuals both rest on.
         source: how it came about, for a person.
     """

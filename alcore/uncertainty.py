@@ -18,7 +18,7 @@ from alcore.correction import ENERGY_NOISE_EV
 from alcore.types import Calibration, CommitteePrediction, FloatArray, Residual
 
 ASTRAY = 5.5
-"""The factor of bands that did not converge, over any starting model: too few of them (20) to tell models apart."""
+"""The factor of what was asked because it was uncertain, over any starting model: too few (20) to tell them apart."""
 OVER_TRAINED = Calibration(factor=1.0, astray=ASTRAY, n_residuals=34, source="other runs from trained models")
 OVER_UNTRAINED = Calibration(factor=1.3, astray=ASTRAY, n_residuals=113, source="other runs from untrained models")
 """What makes at least two thirds of the residuals of the benchmark's development half (``tests/benchmarks/labels``) lie
@@ -82,7 +82,7 @@ def calibrated(
     """Calibrated sigma in eV. The factor corrects the model's own sigmas; the label noise is what it is, and stays.
 
     Args:
-        astray: of a band that did not converge.
+        astray: of a band that did not converge, or of what is asked because it is uncertain.
     """
     spread = np.hypot(committee_ev, posterior_ev)
     return np.asarray(np.hypot((calibration.astray if astray else calibration.factor) * spread, ENERGY_NOISE_EV))

@@ -11,9 +11,19 @@ import pytest
 from ase import Atoms
 
 from alcore.identity import label_key
-from alcore.neb import NebSpec
+from alcore.neb import NebSpec, interpolate
 from alcore.probe import MAX_END_STATE_TRIES, Probe, ProbeSpec, beside, probe_path, relaxed_band
-from alcore.types import CommitteePrediction, EndpointPair, FloatArray, Label, PathRecord, Residual, Structure
+from alcore.selection import SelectSpec
+from alcore.types import (
+    Calibration,
+    CommitteePrediction,
+    EndpointPair,
+    FloatArray,
+    Label,
+    PathRecord,
+    Residual,
+    Structure,
+)
 
 AU_BARRIER_EV = 0.3745
 BARRIER_EV = 0.002
@@ -239,9 +249,6 @@ def test_an_exploding_surrogate_yields_a_guarded_band_and_a_sound_candidate(
 
 
 def test_sigmas_of_a_band_are_calibrated(au_pair: EndpointPair, surrogate: SureEmt) -> None:
-    from alcore.neb import interpolate
-    from alcore.types import Calibration
-
     start = interpolate(au_pair, SPEC.neb)
     once, thrice = (
         relaxed_band(au_pair, surrogate, replace(SPEC, calibration=Calibration(factor=f)), start)[0] for f in (1.0, 3.0)
@@ -259,6 +266,23 @@ class Sinking(SureEmt):
         forces = forces.copy()
         forces[:, -1, 2] -= 20.0
         return energies + 20.0 * depth, forces
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "factor"), [("saddle+uncertainty", "saddle", 2.0), ("uncertainty", "uncertain", 5.0)]
+)
+def test_what_is_asked_as_uncertain_has_a_factor_of_its_own(
+    au_pair: EndpointPair,
+    surrogate: SureEmt,
+    ends: tuple[Label, Label],
+    strategy: Any,
+    kind: str,
+    factor: float,
+) -> None:
+    spec = replace(SPEC, select=SelectSpec(strategy=strategy), calibration=Calibration(factor=2.0, astray=5.0))
+    (candidate,) = _probe(au_pair, surrogate, *ends, spec=spec).candidates
+    assert candidate.kind == kind
+    assert candidate.sigma_ev == pytest.approx(np.hypot(factor * candidate.sigma_posterior_ev, 1e-3), rel=1e-6)
 
 
 def test_a_place_that_brings_no_label_is_left_for_one_nearer_the_start(
