@@ -345,6 +345,8 @@ def _learn(state: LoopState, paths: Sequence[PathRecord], steps: Steps) -> LoopS
     )
     residuals = [*state.residuals, *state.independent(r for p in paths for r in p.residuals)]
     surrogate = trainer.finish(state.surrogate, dict(zip(due, trained, strict=True)), state.dataset, residuals)
+    if told := surrogate.describe().get("trained"):
+        steps.shop.log(str(told))
     return replace(state, surrogate=surrogate)
 
 

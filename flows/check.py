@@ -62,6 +62,8 @@ def check_run(settings: RunSettings) -> CheckReport:
             given += report.ask(partial(wiring.read_data_file, settings, resolved, k)) or []
     numbers = wiring.elements(pairs, given)
     prior = report.ask(lambda: wiring.make_prior(settings.model, numbers, settings.seed)) if numbers else None
+    if prior is not None:
+        report.ask(partial(wiring.read_replay, settings, prior.model))
     store = report.ask(lambda: open_record_store(settings.store))
     if store is not None:
         with closing(store):

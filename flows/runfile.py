@@ -21,7 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from alcore.errors import CalculatorError, InputError
-from flows.settings import FOUNDATION_NAMES, LATER_KEYS, LATER_VALUES, NAME_PATTERN, RunSettings, TrainingOptions
+from flows.settings import FOUNDATION_NAMES, NAME_PATTERN, RunSettings, TrainingOptions
 
 Loc = tuple[str | int, ...]
 Hint = Callable[[Loc], str]
@@ -269,6 +269,9 @@ def _file_entries(data: Mapping[str, Any]) -> Iterator[tuple[Any, str | int, Loc
     foundation = model.get("foundation") if isinstance(model, dict) else None
     if isinstance(foundation, str) and foundation.endswith(".model"):
         yield model, "foundation", ("model", "foundation")
+    options = model.get("options") if isinstance(model, dict) else None
+    if isinstance(options, dict) and isinstance(options.get("replay_file"), str):
+        yield options, "replay_file", ("model", "options", "replay_file")
 
 
 def _drop_empty_sections(data: dict[str, Any]) -> None:
@@ -290,11 +293,9 @@ def _explain(detail: ErrorDetails, root: type[BaseModel], place: Loc) -> tuple[s
     given = "the address" if key == "store.mongodb_uri" else reprlib.repr(detail["input"])  # it may hold a password
     description = _description(loc, root)
     if kind == "extra_forbidden":
-        return ("not available yet", "remove it") if key in LATER_KEYS else ("unknown key", _suggest_key(loc, root))
+        return "unknown key", _suggest_key(loc, root)
     if kind == "missing":
         return "missing", f"add `{loc[-1]}`: {description}"
-    if kind == "literal_error" and detail["input"] in LATER_VALUES.get(key, ()):
-        return f"{given} is not available yet", f"use {context['expected']}"
     if kind == "literal_error":
         return f"{given} is not known", _nearest(str(detail["input"]), re.findall("'([^']+)'", context["expected"]))
     if kind in _WANTED:

@@ -42,18 +42,12 @@ FOUNDATION_NAMES = (
 SYMMETRIC = ("emt", "tblite", "chgnet", "mace", "vasp", "espresso", "gpaw")
 """Calculators whose energy does not depend on where in the cell, and along which of equal axes, the atoms lie."""
 
-LATER_VALUES: dict[str, tuple[str, ...]] = {
-    "model.strategy": ("multihead", "lora", "frozen"),
+OPTIONS_OF = {
+    "lora": ("lora_rank", "lora_alpha"),
+    "frozen": ("frozen_layers",),
+    "multihead": ("replay_file", "replay_count", "replay_weight"),
 }
-"""Values with a meaning that this version does not have yet: refused by name, not as misspelt."""
-
-LATER_KEYS = (
-    "model.options.head",
-    "model.options.lora_rank",
-    "model.options.frozen_layers",
-    "model.options.replay_file",
-)
-"""Keys of which the same is true."""
+"""Options that mean something under one strategy only."""
 
 
 QUEUE_KEYS = {"walltime", "partition", "submit_options"}
@@ -248,7 +242,8 @@ class ExecutorSettings(Section):
 
 
 class TrainingOptions(Section):
-    """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` has the same names and defaults."""
+    """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` and ``alcore.mace.strategies.StrategySpec``
+    have the same names and defaults."""
 
     epochs: int = Field(default=150, ge=1, description="of the first training of a member")
     warm_epochs: int = Field(default=40, ge=1, description="of later ones, which start from the last weights")
@@ -259,6 +254,22 @@ class TrainingOptions(Section):
     first_labels: int | None = Field(
         default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
     )
+    head: str | None = Field(default=None, description="of a foundation model that has several")
+    lora_rank: int = Field(default=4, ge=1, description="strategy lora: rank of the adapters")
+    lora_alpha: float = Field(default=4.0, gt=0, description="strategy lora: a weight changes by alpha / rank A B")
+    frozen_layers: list[Literal["embedding", "interactions", "products", "readouts"]] = Field(
+        default=["embedding", "interactions"],
+        min_length=1,
+        max_length=3,
+        description="strategy frozen: parts of the model that keep their weights",
+    )
+    replay_file: str | None = Field(
+        default=None,
+        description="strategy multihead: labelled structures of the foundation model's own data; "
+        "null: its own energies and forces around the labels",
+    )
+    replay_count: int = Field(default=32, ge=2, description="strategy multihead: structures to replay")
+    replay_weight: float = Field(default=1.0, gt=0, description="strategy multihead: of their loss beside the labels'")
 
 
 class ModelSettings(Section):
@@ -277,7 +288,7 @@ class ModelSettings(Section):
         description="sha256 of that file; vouches for one that can be loaded only by running the code inside it",
         exclude_if=lambda sha256: sha256 is None,  # runs that were begun before there was this key stay the same
     )
-    strategy: Literal["auto", "zero-shot", "scratch", "naive"] = Field(
+    strategy: Literal["auto", "zero-shot", "scratch", "naive", "multihead", "lora", "frozen"] = Field(
         default="auto", description="how MACE learns the labels; auto says which it chose and why"
     )
     committee: int = Field(default=3, ge=1, le=32, description="members of the committee")
@@ -288,9 +299,22 @@ class ModelSettings(Section):
     )
     options: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight_per_ev2, ...",
+        description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight_per_ev2, ...; "
+        "head of the foundation model; what a strategy needs: lora_rank, frozen_layers, replay_file, ...",
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:0")
+
+    @model_validator(mode="after")
+    def _strategy_has_what_it_needs(self) -> Self:
+        if self.strategy in OPTIONS_OF and self.foundation is None:
+            raise ValueError(f"strategy {self.strategy} needs a trained model to start from (set `foundation`)")
+        for strategy, keys in OPTIONS_OF.items():
+            foreign = sorted(set(self.options) & set(keys))
+            if foreign and strategy != self.strategy:
+                raise ValueError(f"`options.{foreign[0]}` belongs to strategy: {strategy} (remove it)")
+        if self.options.get("head") is not None and self.foundation is None:
+            raise ValueError("`options.head` is that of a foundation model (set `foundation`, or remove it)")
+        return self
 
     @model_validator(mode="after")
     def _something_tells_uncertainty(self) -> Self:
@@ -299,6 +323,10 @@ class ModelSettings(Section):
                 "one member without correction states no uncertainty (committee: 2 or more, or correction: blr)"
             )
         return self
+
+    def training(self) -> TrainingOptions:
+        """``options`` with their defaults."""
+        return TrainingOptions.model_validate(self.options)
 
 
 class NebSettings(Section):

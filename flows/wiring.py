@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,11 +305,14 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
         name = f"untrained MACE (seed {seed}) on an elastic network of the end states, which has seen no reference data"
         return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
     from alcore.mace.pretraining import prior_line
+    from alcore.mace.strategies import one_headed
 
     found = open_foundation(settings.foundation, device=device, trust=model_trust(settings.foundation_sha256))
     check_elements(found.model, numbers)
-    name = f"foundation model {found.file}, sha256 {found.sha256[:16]}"
-    return Prior(model=found.model, untrained=False, name=", ".join(filter(None, (name, prior_line(found.model)))))
+    head = settings.training().head
+    name = f"foundation model {found.file}, sha256 {found.sha256[:16]}" + (f", head {head}" if head else "")
+    model = one_headed(found.model, head, "model.options.head")
+    return Prior(model=model, untrained=False, name=", ".join(filter(None, (name, prior_line(found.model)))))
 
 
 def model_trust(sha256: str | None) -> Trust:
@@ -335,23 +338,59 @@ def pick_device(asked: str) -> str:
 
 
 def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> MaceTrainer:
-    """The trainer; weights are kept in the store."""
+    """The trainer; weights are kept in the store.
+
+    Raises:
+        InputError: the file of what is to be replayed cannot be used.
+        ModelError: the strategy needs a foundation model.
+    """
+    from alcore.mace.strategies import StrategySpec
     from alcore.mace.trainer import MaceTrainer, ModelSpec
     from alcore.mace.training import TrainSpec
 
-    model = settings.model
+    model, options = settings.model, settings.model.training()
     spec = ModelSpec(
         strategy=model.strategy,
         committee=model.committee,
         correction=model.correction,
-        train=TrainSpec(**model.options),  # type: ignore[arg-type]
+        train=TrainSpec(**{field.name: getattr(options, field.name) for field in fields(TrainSpec)}),
+        learn=StrategySpec(
+            lora_rank=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            frozen_layers=tuple(options.frozen_layers),
+            replay_weight=options.replay_weight,
+        ),
+        replay_count=options.replay_count,
         seed=settings.seed,
         prior_name=prior.name,
         run=settings.name,
     )
     return MaceTrainer(
-        prior.model, spec, untrained=prior.untrained, save_model=store.save_model, load_model=store.load_model
+        prior.model,
+        spec,
+        untrained=prior.untrained,
+        save_model=store.save_model,
+        load_model=store.load_model,
+        replay=read_replay(settings, prior.model),
     )
+
+
+def read_replay(settings: RunSettings, model: Any) -> tuple[list[Label], str] | None:
+    """What strategy ``multihead`` replays and where it comes from; None if the starting model shall say it itself.
+
+    Raises:
+        InputError: unreadable, or of no use to the model.
+    """
+    import numpy as np
+
+    from alcore.mace.replay import replay_file
+
+    options = settings.model.training()
+    if options.replay_file is None:
+        return None
+    path, rng = Path(options.replay_file), np.random.default_rng([settings.seed, 2])
+    labels = replay_file(path, model, options.replay_count, rng, "model.options.replay_file")
+    return labels, f"{path.name}, sha256 {sha256_hex(path.read_bytes())[:16]}"
 
 
 def read_data(settings: RunSettings, resolved: ResolvedCalculator) -> list[Label]:

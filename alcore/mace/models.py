@@ -31,7 +31,7 @@ from alcore.mace.trust import Trust, read_model
 # A long-lived process pays TorchScript's profiling for nothing: it makes the second call of every model slow.
 torch._C._jit_set_profiling_executor(False)
 
-_CONSTRUCTION = threading.Lock()
+CONSTRUCTION = threading.Lock()
 """Models are drawn from torch's global generator, so only one is built at a time."""
 
 
@@ -69,7 +69,7 @@ def build_model(
     """
     arch = architecture or Architecture()
     elements = sorted({int(z) for z in numbers})
-    with _CONSTRUCTION, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with CONSTRUCTION, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         model = modules.ScaleShiftMACE(

@@ -13,9 +13,12 @@ from alcore.identity import keys_sha256
 from alcore.mace.fitting import DEFAULT, CorrectionName, make_surrogate, with_correction, without_network
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
 from alcore.mace.network import make_networks
+from alcore.mace.replay import pseudo_labels
+from alcore.mace.sanity import SanitySpec, faults
+from alcore.mace.strategies import Learning, StrategySpec
 from alcore.mace.surrogate import Lead, MaceSurrogate
 from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
-from alcore.types import Dataset, FloatArray, GenerationRecord, Residual, Structure
+from alcore.types import Dataset, FloatArray, GenerationRecord, Label, Residual, Structure
 
 RATTLE_ANG = 0.05
 """Spread of the environments on which descriptors are standardised: about a phonon's."""
@@ -24,6 +27,8 @@ FIRST_TRAINING, FIRST_TRAINING_ASKED = 20, 6
 committee was asked to."""
 GROWTH = 1.3
 """The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
+FROM_TRAINED = ("multihead", "lora", "frozen")
+"""Strategies that mean nothing over weights that know nothing."""
 RECENT = 3
 """Residuals over which two surfaces are compared."""
 
@@ -33,22 +38,28 @@ class ModelSpec:
     """What the run file's ``model`` section asks for (``foundation`` already loaded).
 
     Attributes:
-        strategy: ``auto`` and ``naive`` fine-tune the committee; ``auto`` lets the surface lead that predicts better,
-            ``naive`` and ``scratch`` the committee; ``scratch`` starts each member from weights of its own;
-            ``zero-shot`` never trains.
+        strategy: ``auto`` fine-tunes as ``naive`` does, and lets the surface lead that predicts better; under the
+            others the committee leads. ``scratch`` starts each member from weights of its own; ``multihead``, ``lora``
+            and ``frozen`` are ``alcore.mace.strategies``'; ``zero-shot`` never trains.
         committee: members.
         correction: ``none``, ``blr`` (random features), ``gp`` (over the places of atoms) or both, ``blr+gp``.
-        train: how a member is fine-tuned.
+        train: how long and how hard a member is fine-tuned.
+        learn: the numbers of its strategy (``learning`` is set by ``strategy``).
+        replay_count: structures that ``multihead`` replays.
+        sanity: what a member must pass before it is used.
         seed: of weights, features and bootstrap.
         features_per_element: random features of the correction.
         prior_name: what the prior is, for provenance.
         run: the run's name, likewise.
     """
 
-    strategy: Literal["auto", "zero-shot", "naive", "scratch"] = "auto"
+    strategy: Literal["auto", "zero-shot"] | Learning = "auto"
     committee: int = 3
     correction: CorrectionName = DEFAULT
     train: TrainSpec = TrainSpec()
+    learn: StrategySpec = StrategySpec()
+    replay_count: int = 32
+    sanity: SanitySpec = SanitySpec()
     seed: int = 0
     features_per_element: int = 256
     prior_name: str = ""
@@ -64,6 +75,11 @@ class MaceTrainer:
         untrained: True if ``prior`` is fresh from ``build_model``: then each member starts from weights of its own.
         save_model: stores weights and returns their id; None keeps them in memory only.
         load_model: the inverse.
+        replay: what ``multihead`` replays, and where that comes from; None for the prior's own energies and forces on
+            structures around the labels.
+
+    Raises:
+        ModelError: the strategy needs a trained model to start from.
     """
 
     def __init__(
@@ -74,9 +90,16 @@ class MaceTrainer:
         untrained: bool,
         save_model: Callable[[bytes, dict[str, object]], str] | None = None,
         load_model: Callable[[str], bytes] | None = None,
+        replay: tuple[Sequence[Label], str] | None = None,
     ) -> None:
+        if untrained and spec.strategy in FROM_TRAINED:
+            raise ModelError(
+                f"strategy {spec.strategy} needs a trained model to start from",
+                where="model.foundation",
+                mend="name one, or set strategy: auto",
+            )
         self.prior, self.spec, self.untrained = prior, spec, untrained
-        self._save, self._load = save_model, load_model
+        self._save, self._load, self._replay = save_model, load_model, replay
         self._prior_sha = weights_sha256(prior)
 
     def start(self, samples: Sequence[Structure], ends: Sequence[Structure] = ()) -> MaceSurrogate:
@@ -135,8 +158,44 @@ class MaceTrainer:
         weights: FloatArray = np.random.default_rng([self.spec.seed, generation, k]).exponential(size=len(dataset))
         # Never below a third: with a handful of labels a member that ignores one is no member.
         weights = np.maximum(weights / weights.mean(), 1 / 3)
-        member = fine_tune(model, without_network(surrogate, dataset), self.spec.train, weights=weights, warm=warm)
-        return replace(member, name=name, generation=generation, began_from=began_from)
+        learned = without_network(surrogate, dataset)
+        replay, source = self._replayed(learned)
+        member = fine_tune(
+            model,
+            learned,
+            self.spec.train,
+            weights=weights,
+            warm=warm,
+            strategy=replace(self.spec.learn, learning=self._learning),
+            replay=replay,
+            seed=self.spec.seed + 1000 * (k + 1) + generation,
+        )
+        wrong = self._faults(surrogate, member.model, learned, surrogate.members[k] if warm else None)
+        told = {**member.told, **({"replay": source} if source else {})}
+        return replace(member, name=name, generation=generation, began_from=began_from, told=told, faults=tuple(wrong))
+
+    @property
+    def _learning(self) -> Learning:
+        return "naive" if self.spec.strategy in ("auto", "zero-shot") else self.spec.strategy  # type: ignore[return-value]
+
+    def _replayed(self, learned: Dataset) -> tuple[Sequence[Label], str]:
+        """What the second head is held to, and where that comes from; the same for all members."""
+        if self.spec.strategy != "multihead":
+            return (), ""
+        if self._replay is not None:
+            return self._replay
+        around = [label.structure for label in learned.labels]
+        rng = np.random.default_rng([self.spec.seed, 2])
+        return pseudo_labels(
+            self.prior, around, self.spec.replay_count, rng
+        ), "the starting model's own, around the labels"
+
+    def _faults(self, surrogate: MaceSurrogate, model: Any, learned: Dataset, before: Any | None) -> list[str]:
+        whole = None
+        if surrogate.networks:
+            whole = replace(surrogate, prior=model, members=(), lead="prior", correction=None, known={}).evaluate
+        rng = np.random.default_rng([self.spec.seed, 3])
+        return faults(model, learned, self.spec.sanity, before=before, rng=rng, backdrop=whole)
 
     def pack_member(self, member: TrainedMember) -> dict[str, Any]:
         """Weights and what they reached."""
@@ -145,8 +204,9 @@ class MaceTrainer:
 
     def unpack_member(self, packed: Mapping[str, Any]) -> TrainedMember:
         """The member whose weights these are."""
-        values = {name: value for name, value in packed.items() if name != "weights"}
-        return TrainedMember(model=with_weights(self._skeleton(), packed["weights"]), **values)
+        values = {name: value for name, value in packed.items() if name not in ("weights", "faults")}
+        wrong = tuple(packed.get("faults", ()))
+        return TrainedMember(model=with_weights(self._skeleton(), packed["weights"]), faults=wrong, **values)
 
     def finish(
         self,
@@ -155,19 +215,29 @@ class MaceTrainer:
         dataset: Dataset,
         residuals: Sequence[Residual],
     ) -> MaceSurrogate:
-        """New members in (if any), lead chosen, correction fitted."""
+        """New members in (if any and if sane), lead chosen, correction fitted.
+
+        A member with faults is given up for its predecessor; where there is none, the prior goes on alone.
+        """
+        refused = ""
         if members:
             ordered = [members[name] for name in sorted(members, key=_place)]
-            ids = [self._keep(m, dataset) for m in ordered]
-            train = {
-                "epochs": ordered[0].epochs,
-                "learning_rate": ordered[0].learning_rate,
-                "energy_rmse_ev": max(m.energy_rmse_ev for m in ordered),
-                "force_rmse_ev_per_ang": max(m.force_rmse_ev_per_ang for m in ordered),
-            }
-            notes = {**surrogate.notes, "members": ids, "trained_on": len(dataset), "train": train}
-            surrogate = replace(surrogate, members=tuple(m.model for m in ordered), notes=notes)
+            sane = [not member.faults for member in ordered]
+            refused = "; ".join(f"{m.name} given up: {', '.join(m.faults)}" for m in ordered if m.faults)
+            told = _told(ordered)
+            line = "; ".join(filter(None, (_line(told, len(ordered), len(dataset)), refused)))
+            notes = {**surrogate.notes, "trained_on": len(dataset), "train": told, "trained": line}
+            if surrogate.members or all(sane):
+                olds = surrogate.members or (None,) * len(ordered)
+                ids = surrogate.notes["members"] or [""] * len(ordered)
+                notes["members"] = [
+                    self._keep(m, dataset) if ok else i for m, ok, i in zip(ordered, sane, ids, strict=True)
+                ]
+                models = tuple(m.model if ok else old for m, ok, old in zip(ordered, sane, olds, strict=True))
+                surrogate = replace(surrogate, members=models)
+            surrogate = replace(surrogate, notes=notes)
         lead, why = self.choose_lead(bool(surrogate.members), residuals)
+        why = "; ".join(filter(None, (why, refused)))
         surrogate = replace(surrogate, lead=lead, notes={**surrogate.notes, "why": why})
         return with_correction(surrogate, dataset, self.spec.correction)
 
@@ -176,7 +246,7 @@ class MaceTrainer:
         (prequential: Dawid, J. R. Stat. Soc. A 147, 278 (1984)), and the reason in words."""
         if not has_members:
             return "prior", "the frozen prior with its correction: no committee yet"
-        if self.spec.strategy in ("naive", "scratch"):
+        if self.spec.strategy != "auto":
             return "committee", f"strategy {self.spec.strategy} was asked for"
         both = [r for r in residuals if {"prior", "committee"} <= set(r.by_lead_ev)][-RECENT:]
         if not both:
@@ -208,7 +278,7 @@ class MaceTrainer:
         if ids and self._load is None:
             raise TrainingError("the committee cannot be restored without a model store")
         members = tuple(with_weights(self._skeleton(), self._load(i)) for i in ids) if self._load else ()
-        keep = ("strategy", "members", "trained_on", "train", "why")
+        keep = ("strategy", "members", "trained_on", "train", "trained", "why")
         notes = {**start.notes, **{k: record.surrogate[k] for k in keep if k in record.surrogate}}
         lead: Lead = "committee" if record.surrogate.get("lead") == "committee" else "prior"
         return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset, self.spec.correction)
@@ -226,6 +296,34 @@ class MaceTrainer:
         made |= {"prior": self._prior_sha, "prior_name": self.spec.prior_name}
         made |= {"n_labels": len(dataset), "labels_sha256": keys_sha256([label.key for label in dataset.labels])}
         return self._save(weights_to_bytes(member.model), made)
+
+
+def _told(members: Sequence[TrainedMember]) -> dict[str, Any]:
+    """What a training did, for the record: the same for all members, but for errors, of which the worst is told."""
+    return {
+        **members[0].told,
+        "epochs": members[0].epochs,
+        "learning_rate": members[0].learning_rate,
+        "energy_rmse_ev": max(m.energy_rmse_ev for m in members),
+        "force_rmse_ev_per_ang": max(m.force_rmse_ev_per_ang for m in members),
+        "faults": {m.name: list(m.faults) for m in members if m.faults},
+    }
+
+
+def _line(told: Mapping[str, Any], n_members: int, n_labels: int) -> str:
+    """What was done, in one line for a person."""
+    parts = [f"trained {n_members} member{'s' * (n_members > 1)} on {n_labels} labels"]
+    if "strategy" in told:  # what an earlier al-loop stored does not say
+        parts += [f"strategy {told['strategy']}", f"{told['n_trainable']:,} of {told['n_parameters']:,} weights"]
+    parts.append(f"{told['epochs']} epochs, learning rate {told['learning_rate']:g}")
+    if told.get("n_replay"):
+        parts.append(f"{told['n_replay']} structures replayed ({told['replay']})")
+    if "frozen" in told:
+        parts.append(f"frozen: {', '.join(told['frozen'])}")
+    if "lora_rank" in told:
+        parts.append(f"adapters of rank {told['lora_rank']}")
+    energy, force = 1e3 * told["energy_rmse_ev"], told["force_rmse_ev_per_ang"]
+    return ", ".join(parts) + f"; labels within {energy:.0f} meV and {force:.2f} eV/Å"
 
 
 def _place(name: str) -> int:

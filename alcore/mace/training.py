@@ -5,8 +5,8 @@ Energies are learned relative to each composition's mean, so the reference code'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,12 @@ import torch
 from alcore.dataset import composition_groups
 from alcore.errors import TrainingError
 from alcore.mace.graphs import batch_graph
-from alcore.mace.models import freeze, model_elements, trainable_copy
+from alcore.mace.models import model_elements
+from alcore.mace.strategies import Learner, StrategySpec, learner
 from alcore.types import Dataset, FloatArray, Label, Structure
+
+REFERENCES = {"reference_energies": "none fitted: energies are learned relative to the mean of their composition"}
+"""What a training tells about E0s, which are those of the starting model, whatever code the labels come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,8 @@ class TrainedMember:
         name: which member it is.
         generation: that it was trained in.
         began_from: sha256 of the weights it started from, or the seed of fresh ones.
+        told: what was really done: strategy, trainable weights, heads, replay set, reference energies.
+        faults: why it must not be used (``alcore.mace.sanity``); empty if it may.
     """
 
     model: Any
@@ -64,6 +70,8 @@ class TrainedMember:
     name: str = ""
     generation: int = -1
     began_from: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,52 +80,77 @@ class _Batch:
     energies: torch.Tensor
     forces: torch.Tensor
     groups: torch.Tensor
+    n_labels: int
 
 
-def fine_tune(model: Any, dataset: Dataset, spec: TrainSpec, *, weights: FloatArray, warm: bool) -> TrainedMember:
+def fine_tune(
+    model: Any,
+    dataset: Dataset,
+    spec: TrainSpec,
+    *,
+    weights: FloatArray,
+    warm: bool,
+    strategy: StrategySpec | None = None,
+    replay: Sequence[Label] = (),
+    seed: int = 0,
+) -> TrainedMember:
     """A fine-tuned, frozen copy of ``model``.
 
     Args:
         model: where to start.
         dataset: labels to learn.
-        spec: how.
+        spec: how long and how hard.
         weights: of each label in the loss, ``(n_labels,)``; what makes members differ (Bayesian bootstrap, Rubin 1981).
         warm: True if ``model`` was trained on most of these labels before.
+        strategy: which weights learn; all where None.
+        replay: what a second head is held to (``multihead``).
+        seed: of adapters (``lora``).
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or what would be done is not what was asked for.
     """
-    twin = trainable_copy(model)
-    batch = _merge(model, dataset.labels)
+    how = strategy or StrategySpec()
+    if (how.learning == "multihead") != bool(replay):
+        raise TrainingError(
+            f"strategy {how.learning} with {len(replay)} structures to replay: that is another strategy"
+        )
+    made = learner(model, how, seed)
+    twin, batch = made.model, _merge(model, made, dataset.labels, replay)
     scale = batch.energies.new_tensor(weights)
     epochs = spec.warm_epochs if warm else spec.epochs
-    optimizer = torch.optim.Adam(twin.parameters(), lr=spec.learning_rate, amsgrad=True)
+    trainable = [weight for weight in twin.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=spec.learning_rate, amsgrad=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.learning_rate, total_steps=epochs + 1)
     best, best_state = float("inf"), None
     for _ in range(epochs + 1):
         optimizer.zero_grad()
         energy_error, force_error = _errors(twin, batch, training=True)
-        per_label = spec.energy_weight_per_ev2 * energy_error**2 + spec.force_weight * _mean_square(force_error, batch)
-        loss = (scale * per_label).mean()
+        each = spec.energy_weight_per_ev2 * energy_error**2 + spec.force_weight * _mean_square(force_error, batch)
+        loss = (scale * each[: batch.n_labels]).mean()
+        if replay:
+            loss = loss + how.replay_weight * each[batch.n_labels :].mean()
         value = float(loss.detach())
         if not np.isfinite(value):
             raise TrainingError("the training loss is not finite: look at the labels' energies and forces")
         if value < best:
             best, best_state = value, {k: v.detach().clone() for k, v in twin.state_dict().items()}
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), spec.clip_norm)
+        torch.nn.utils.clip_grad_norm_(trainable, spec.clip_norm)
         optimizer.step()
         schedule.step()
     assert best_state is not None
     twin.load_state_dict(best_state)
-    freeze(twin)
-    energy_error, force_error = _errors(twin, batch, training=False)
+    trained = made.finished(twin)
+    alone = _merge(trained, Learner(model=trained), dataset.labels, ())
+    energy_error, force_error = _errors(trained, alone, training=False)
+    told = {**made.told, "learning_rate": spec.learning_rate, "epochs": epochs, "n_replay": len(replay), **REFERENCES}
     return TrainedMember(
-        model=twin,
+        model=trained,
         energy_rmse_ev=float(energy_error.detach().square().mean().sqrt()),
         force_rmse_ev_per_ang=float(force_error.detach().square().mean().sqrt()),
         epochs=epochs,
         learning_rate=spec.learning_rate,
+        told=told,
     )
 
 
@@ -137,17 +170,26 @@ def _mean_square(force_error: torch.Tensor, batch: _Batch) -> torch.Tensor:
     return total / torch.diff(batch.graph["ptr"]).to(total.dtype)
 
 
-def _merge(model: Any, labels: Sequence[Label]) -> _Batch:
-    """One batch of all labels, which may differ in composition and size."""
+def _merge(model: Any, made: Learner, labels: Sequence[Label], replay: Sequence[Label]) -> _Batch:
+    """One batch of all labels and then of all to be replayed, which may differ in composition and size. Energies of the
+    two are never compared: each head has a mean of its own."""
     like = next(iter(model.parameters()))
-    energies = np.array([label.energy_ev for label in labels], dtype=float)
-    forces = np.concatenate([label.forces for label in labels if label.forces is not None])
+    groups = composition_groups(labels)
+    energies = [np.array([label.energy_ev for label in part], dtype=float) for part in (labels, replay)]
+    shifted = [part - part.mean() for part in energies if len(part)]  # differences survive in float32 as well
+    graph = merge_graphs([graph_of(model, label.structure) for label in (*labels, *replay)])
+    if replay:
+        assert made.replay_head is not None
+        groups = np.concatenate([groups, composition_groups(replay) + groups.max() + 1])
+        graph["head"] = graph["head"].new_tensor([made.head] * len(labels) + [made.replay_head] * len(replay))
     return _Batch(
-        graph=merge_graphs([graph_of(model, label.structure) for label in labels]),
-        # differences from the mean survive in float32 as well
-        energies=like.new_tensor(energies - energies.mean()),
-        forces=like.new_tensor(forces),
-        groups=torch.as_tensor(composition_groups(labels), device=like.device),
+        graph=graph,
+        energies=like.new_tensor(np.concatenate(shifted)),
+        forces=like.new_tensor(
+            np.concatenate([label.forces for label in (*labels, *replay) if label.forces is not None])
+        ),
+        groups=torch.as_tensor(groups, device=like.device),
+        n_labels=len(labels),
     )
 
 

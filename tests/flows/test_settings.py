@@ -119,8 +119,7 @@ def test_what_must_be_positive_is(section: str, key: str, value: int) -> None:
         ("executor", "walltime", 3600),
         ("executor", "retries", -1),
         ("executor", "memory_gb", float("inf")),
-        ("model", "strategy", "lora"),
-        ("model", "strategy", "multihead"),
+        ("model", "strategy", "qlora"),
         ("model", "correction", "blr+blr"),
         ("model", "foundation", "enormous"),
         ("model", "device", "gpu"),
@@ -213,12 +212,28 @@ def test_the_foundation_names_are_those_of_mace_torch() -> None:
 
 
 def test_the_training_options_are_those_of_the_trainer() -> None:
-    tree = ast.parse((Path(__file__).parents[2] / "alcore" / "mace" / "training.py").read_text("utf-8"))
-    spec = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainSpec")
-    fields = {
-        ast.unparse(f.target): ast.literal_eval(f.value) for f in spec.body if isinstance(f, ast.AnnAssign) and f.value
-    }
-    assert TrainingOptions().model_dump() == fields
+    """Of the parts of alcore they are handed to, which import torch."""
+
+    def defaults(module: str, name: str) -> dict[str, object]:
+        tree = ast.parse((Path(__file__).parents[2] / "alcore" / "mace" / f"{module}.py").read_text("utf-8"))
+        spec = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        given = [f for f in spec.body if isinstance(f, ast.AnnAssign) and isinstance(f.value, ast.Constant | ast.Tuple)]
+        return {ast.unparse(f.target): ast.literal_eval(f.value) for f in given if f.value}
+
+    ours = TrainingOptions().model_dump()
+    theirs = defaults("training", "TrainSpec") | defaults("strategies", "StrategySpec")
+    replay = defaults("trainer", "ModelSpec")["replay_count"]
+    del theirs["learning"]
+    theirs["frozen_layers"] = list(theirs["frozen_layers"])  # type: ignore[call-overload]
+    assert ours == theirs | {"replay_count": replay, "replay_file": None, "head": None}
+
+
+@pytest.mark.parametrize("strategy", ["lora", "frozen", "multihead"])
+def test_some_strategies_start_from_a_foundation_model(strategy: str) -> None:
+    with pytest.raises(ValidationError, match="needs a trained model to start from"):
+        RunSettings.model_validate(SMALLEST | {"model": {"strategy": strategy}})
+    model = RunSettings.model_validate(SMALLEST | {"model": {"strategy": strategy, "foundation": "small"}}).model
+    assert model.strategy == strategy
 
 
 def test_the_form_shows_bounds_and_choices() -> None:
@@ -231,6 +246,9 @@ def test_the_form_shows_bounds_and_choices() -> None:
         "zero-shot",
         "scratch",
         "naive",
+        "multihead",
+        "lora",
+        "frozen",
     ]
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from alcore.errors import TrainingError
+from alcore.errors import ModelError, TrainingError
 from alcore.mace.fitting import CorrectionName
 from alcore.mace.models import weights_sha256
+from alcore.mace.sanity import SanitySpec
+from alcore.mace.strategies import Learning
 from alcore.mace.surrogate import MaceSurrogate
 from alcore.mace.trainer import FIRST_TRAINING, GROWTH, MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
 from alcore.neb import NebSpec, interpolate
+from alcore.plain import to_plain
 from alcore.types import Dataset, EndpointPair, FloatArray, GenerationRecord, Label, Residual, Structure
 from storage.memory import MemoryStore
 
 TRAIN = TrainSpec(epochs=4, warm_epochs=2)
+LENIENT = SanitySpec(energy_rmse_ev=1e3, force_rmse_ev_per_ang=1e3, regression_factor=1e3, max_drift_ev_per_atom=1e3)
+"""Such short trainings would be given up."""
 LABELS = FIRST_TRAINING
 
 
@@ -52,7 +58,8 @@ def trainer(untrained_model: Any, store: MemoryStore) -> MaceTrainer:
 def _trainer(
     model: Any, store: MemoryStore | None, strategy: Any = "auto", untrained: bool = True, **kwargs: Any
 ) -> MaceTrainer:
-    spec = ModelSpec(strategy=strategy, committee=2, train=TRAIN, features_per_element=16, **kwargs)
+    given = {"committee": 2, "train": TRAIN, "features_per_element": 16, "sanity": LENIENT, **kwargs}
+    spec = ModelSpec(strategy=strategy, **given)
     return MaceTrainer(
         model,
         spec,
@@ -279,3 +286,57 @@ def test_eleven_members_keep_their_places(untrained_model: Any, samples: list[St
     trainer._keep = lambda member, n: (seen.append(member.epochs), "id")[1]  # type: ignore[method-assign]
     trainer.finish(start, members, dataset, ())
     assert seen == list(range(11))
+
+
+@pytest.mark.parametrize("strategy", ["naive", "lora", "frozen", "multihead"])
+def test_every_strategy_tells_what_it_did_and_comes_back(
+    strategy: Learning, lively_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    trainer = _trainer(lively_model, MemoryStore(), strategy, untrained=False, committee=1, replay_count=4)
+    start = trainer.start(samples)
+    member = trainer.train_member("member-0", start, dataset, 0)
+    again = trainer.unpack_member(to_plain(trainer.pack_member(member)))
+    assert weights_sha256(again.model) == weights_sha256(member.model) != weights_sha256(lively_model)
+    assert again.faults == member.faults
+    learned = trainer.finish(start, {"member-0": member}, dataset, [])
+    told = learned.describe()["train"]
+    assert told["strategy"] == strategy
+    assert told["learning_rate"] == TRAIN.learning_rate
+    assert told["n_trainable"] <= told["n_parameters"]
+    assert ("replay" in told, told["n_replay"]) == ((True, 4) if strategy == "multihead" else (False, 0))
+    assert learned.lead == "committee"
+    record = GenerationRecord(run="r", index=1, paths=(), surrogate=learned.describe())
+    restored = trainer.restore(trainer.start(samples), record, dataset, [])
+    _identical(restored, learned, samples)
+
+
+def test_members_that_are_not_sane_are_given_up_for_their_predecessors(
+    lively_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    trainer = _trainer(lively_model, MemoryStore(), "naive", untrained=False)
+    start = trainer.start(samples)
+    first = {name: trainer.train_member(name, start, dataset, 0) for name in ("member-0", "member-1")}
+    broken = {**first, "member-1": replace(first["member-1"], faults=("a hole where Au and Al meet",))}
+    alone = trainer.finish(start, broken, dataset, [])
+    assert alone.members == ()
+    assert alone.lead == "prior"
+    assert "member-1 given up: a hole where Au and Al meet" in alone.describe()["why"]
+    assert trainer.due(alone, dataset) == [], "the same labels would teach the same"
+    both = trainer.finish(start, first, dataset, [])
+    after = trainer.finish(both, broken, dataset, [])
+    assert after.members == both.members
+    assert after.describe()["members"] == both.describe()["members"]
+    assert "given up" in after.describe()["why"]
+
+
+def test_a_training_that_learns_nothing_has_faults(
+    lively_model: Any, samples: list[Structure], dataset: Dataset
+) -> None:
+    lost = _trainer(lively_model, None, "naive", untrained=False, sanity=SanitySpec(), train=TrainSpec(epochs=1))
+    assert any("energies" in fault for fault in lost.train_member("member-0", lost.start(samples), dataset, 0).faults)
+
+
+@pytest.mark.parametrize("strategy", ["multihead", "lora", "frozen"])
+def test_some_strategies_need_something_to_start_from(strategy: Learning, untrained_model: Any) -> None:
+    with pytest.raises(ModelError, match=f"strategy {strategy} needs a trained model"):
+        _trainer(untrained_model, None, strategy)
