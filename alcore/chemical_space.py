@@ -1,4 +1,5 @@
 """Structures over a chemical space of metals or of salts: what a generalist prior is pre-trained on.
+``alcore.tellurides`` has those of layered tellurides.
 
 None is relaxed, and all are drawn from the generator that is passed in.
 """
@@ -83,7 +84,7 @@ def metals(
         (_adatom, 0.27),
         (_step, 0.08),
     )
-    return _draw(elements, count, rng, spec, kinds)
+    return draw(elements, count, rng, spec, kinds)
 
 
 def atomic_volume_ang3(element: str) -> float:
@@ -101,13 +102,14 @@ def atomic_volume_ang3(element: str) -> float:
     return float(crystal.get_volume()) / len(crystal)
 
 
-def _draw(
+def draw(
     elements: Sequence[str],
     count: int,
     rng: np.random.Generator,
     spec: SampleSpec | None,
     kinds: Sequence[tuple[Builder, float]],
 ) -> list[Structure]:
+    """``count`` structures of these kinds, each drawn as often as its weight says, disturbed and without overlaps."""
     weights = np.array([weight for _, weight in kinds])
     found: list[Structure] = []
     while len(found) < count:
@@ -194,7 +196,8 @@ def _slab(size: tuple[int, int, int], rng: np.random.Generator) -> Atoms:
     return atoms
 
 
-def _in_vacuum(atoms: Atoms) -> Atoms:
+def in_vacuum(atoms: Atoms) -> Atoms:
+    """A slab (in place) in a cell that leaves 9 Å between it and its images along z, periodic along all axes."""
     atoms.center(axis=2, vacuum=4.5)
     atoms.pbc = True
     return atoms
@@ -205,7 +208,7 @@ def _surface(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
     atoms = _fill(_slab((2, 2, int(rng.integers(3, 6))), rng), elements, rng)
     if rng.random() < 0.4:
         del atoms[int(rng.choice(np.flatnonzero(atoms.get_tags() == 1)))]
-    return _in_vacuum(atoms)
+    return in_vacuum(atoms)
 
 
 def _adatom(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
@@ -223,7 +226,7 @@ def _adatom(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
     aside = np.linalg.norm(gaps[:, :2], axis=1)
     touching = atoms.positions[:n_slab, 2] + np.sqrt(np.clip(bonds**2 - aside**2, 0.0, None))
     atoms.positions[-1, 2] = touching[aside < bonds].max() + rng.uniform(-0.3, 0.6)
-    return _in_vacuum(atoms)
+    return in_vacuum(atoms)
 
 
 def _step(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
@@ -235,7 +238,7 @@ def _step(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
     if rng.random() < 0.3:
         missing = missing[1:]
     del atoms[missing]
-    return _in_vacuum(atoms)
+    return in_vacuum(atoms)
 
 
 # --- salts ------------------------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def salts(
         (_salt_interstitial, 0.1),
         (_salt_slab, 0.15),
     )
-    return _draw(elements, count, rng, spec, kinds)
+    return draw(elements, count, rng, spec, kinds)
 
 
 def _salt(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
@@ -338,4 +341,4 @@ def _salt_slab(elements: Sequence[str], rng: np.random.Generator) -> Atoms:
     atoms = _salt(elements, rng)
     if rng.random() < 0.3:
         del atoms[int(rng.integers(len(atoms)))]
-    return _in_vacuum(atoms)
+    return in_vacuum(atoms)

@@ -1,4 +1,5 @@
-"""Structures to pre-train on, around the hops of a user's system; ``alcore.chemical_space`` has those for any system.
+"""Structures to pre-train on, around the hops or any structures of a user's system; ``alcore.chemical_space`` has those
+for any system.
 
 None is relaxed, and all are drawn from the generator that is passed in. A teacher that is cheap labels them; the
 reference is never asked.
@@ -7,7 +8,7 @@ reference is never asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from ase.data import covalent_radii
@@ -36,6 +37,19 @@ class SampleSpec:
     min_contact: float = 0.6
 
 
+@dataclass(frozen=True, kw_only=True)
+class DefectSpec:
+    """How often a structure is given a defect before it is moved.
+
+    Attributes:
+        vacancy_fraction: share of structures that miss a free atom.
+        swap_fraction: share in which two free atoms of different elements change places.
+    """
+
+    vacancy_fraction: float = 0.15
+    swap_fraction: float = 0.1
+
+
 def around_hops(
     pairs: Sequence[EndpointPair], count: int, rng: np.random.Generator, spec: SampleSpec | None = None
 ) -> list[Structure]:
@@ -51,6 +65,65 @@ def around_hops(
     places = [start.moved(positions) for start, band in bands for positions in band]
     order = rng.permutation(len(places))
     return [disturbed(places[order[k % len(places)]], rng, spec) for k in range(count)]
+
+
+def around_structures(
+    structures: Sequence[Structure],
+    count: int,
+    rng: np.random.Generator,
+    spec: SampleSpec | None = None,
+    defects: DefectSpec | None = None,
+) -> list[Structure]:
+    """``count`` structures around these, each as often as the others: some with a vacancy or with two atoms of
+    different elements exchanged, all disturbed.
+
+    Args:
+        structures: of the user's system; none of them need be relaxed.
+        count: how many.
+        rng: what is drawn, is drawn from it.
+        spec: how far atoms and cells are moved.
+        defects: how often there is a defect.
+    """
+    limits, often = spec or SampleSpec(), defects or DefectSpec()
+    order = rng.permutation(len(structures))
+    found = []
+    for k in range(count):
+        structure = structures[order[k % len(structures)]]
+        drawn = rng.random()
+        if drawn < often.vacancy_fraction:
+            structure = vacated(structure, rng)
+        elif drawn < often.vacancy_fraction + often.swap_fraction:
+            structure = swapped(structure, rng)
+        found.append(disturbed(structure, rng, limits))
+    return found
+
+
+def vacated(structure: Structure, rng: np.random.Generator) -> Structure:
+    """Without one of its free atoms; the same where that would leave fewer than two."""
+    free = np.flatnonzero(~structure.fixed.any(axis=1))
+    if not len(free) or len(structure) < 3:
+        return structure
+    left = np.delete(np.arange(len(structure)), rng.choice(free))
+    moments = structure.magnetic_moments
+    return replace(
+        structure,
+        numbers=structure.numbers[left],
+        positions=structure.positions[left],
+        fixed=structure.fixed[left],
+        magnetic_moments=None if moments is None else moments[left],
+    )
+
+
+def swapped(structure: Structure, rng: np.random.Generator) -> Structure:
+    """Two free atoms of different elements in each other's place; the same where all are of one element."""
+    free = np.flatnonzero(~structure.fixed.any(axis=1))
+    if len(set(structure.numbers[free].tolist())) < 2:
+        return structure
+    first = int(rng.choice(free))
+    second = int(rng.choice(free[structure.numbers[free] != structure.numbers[first]]))
+    positions = np.array(structure.positions)
+    positions[[first, second]] = positions[[second, first]]
+    return structure.moved(positions)
 
 
 def disturbed(structure: Structure, rng: np.random.Generator, spec: SampleSpec | None = None) -> Structure:

@@ -5,19 +5,26 @@ A teacher is not the reference: a cheap potential or a universal one. Calculator
 
 from __future__ import annotations
 
+import io
 import time
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from alcore.files import write_whole
 from alcore.identity import label_key
 from alcore.protocols import Labeler
 from alcore.types import Candidate, FloatArray, Label, LabelRequest, Structure
 
 REWEIGHTINGS = 30
+WRITE_EVERY_S = 2.0
+"""Seconds of answers that are lost at most, besides those being computed, when a teacher is killed."""
 Answer = tuple[float, FloatArray]
 """Energy in eV and forces in eV/Å, ``(n_atoms, 3)``."""
 
@@ -25,14 +32,105 @@ Answer = tuple[float, FloatArray]
 class BatchTeacher(Protocol):
     """A teacher that is asked about many structures at once, in this process."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def __call__(self, structures: Sequence[Structure]) -> Sequence[Answer | None]:
+    def __call__(self, structures: Sequence[Structure], /) -> Sequence[Answer | None]:
         """An answer for each structure, in order; None where it has none."""
         ...
 
 
 Teacher = Labeler | BatchTeacher
+
+
+class KeptTeacher:
+    """A teacher whose answers are kept on disk, in chunks, and never asked for again: not after an interruption, and
+    not by another training. Where it has no answer, it is asked again next time.
+
+    Attributes:
+        name, fingerprint: the teacher's.
+        n_known: structures of the last call whose answers were on disk.
+        seconds: that all answers of the last call took when they were asked for, whenever that was.
+
+    Args:
+        teacher: who is asked, ``batch_size`` structures at once if it has one, else one by one.
+        folder: where answers are kept; it must exist. What others keep there stays.
+        tell: hears how many answers there are so far, and of how many structures.
+    """
+
+    def __init__(self, teacher: BatchTeacher, folder: Path, tell: Callable[[int, int], None] = lambda _n, _of: None):
+        self.name = teacher.name
+        self.fingerprint: str = getattr(teacher, "fingerprint", teacher.name)
+        self.n_known, self.seconds = 0, 0.0
+        self._teacher, self._folder, self._tell = teacher, folder, tell
+        self._batch_size = int(getattr(teacher, "batch_size", 1))
+
+    def __call__(self, structures: Sequence[Structure]) -> list[Answer | None]:
+        """An answer for each structure, in order; None where there is none. What is there when this is interrupted, is
+        kept.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        keys = [label_key(structure, self.fingerprint) for structure in structures]
+        kept = _read_answers(self._folder)
+        answers: dict[str, Answer | None] = {}
+        self.seconds = 0.0
+        for key, structure in zip(keys, structures, strict=True):
+            if key in kept and kept[key][1].shape == (len(structure), 3):
+                answers[key], self.seconds = kept[key][:2], self.seconds + kept[key][2]
+        self.n_known = sum(key in answers for key in keys)
+        wanted = list({k: s for k, s in zip(keys, structures, strict=True) if k not in answers}.items())
+        self._tell(self.n_known, len(keys))
+        fresh: list[tuple[str, Answer, float]] = []
+        written = time.perf_counter()
+        try:
+            for start in range(0, len(wanted), self._batch_size):
+                batch = wanted[start : start + self._batch_size]
+                began = time.perf_counter()
+                found = self._teacher([structure for _, structure in batch])
+                ended = time.perf_counter()
+                self.seconds += ended - began
+                for (key, _), answer in zip(batch, found, strict=True):
+                    answers[key] = answer
+                    fresh += [(key, answer, (ended - began) / len(batch))] if answer else []
+                self._tell(self.n_known + start + len(batch), len(keys))
+                if ended - written > WRITE_EVERY_S:
+                    _write_answers(self._folder, fresh)
+                    fresh, written = [], time.perf_counter()
+        finally:
+            _write_answers(self._folder, fresh)
+        return [answers[key] for key in keys]
+
+
+def _write_answers(folder: Path, answers: Sequence[tuple[str, Answer, float]]) -> None:
+    """One file more, named by its first key; it is there whole or not at all."""
+    if not answers:
+        return
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        keys=np.array([key for key, _, _ in answers]),
+        energies_ev=np.array([answer[0] for _, answer, _ in answers]),
+        sizes=np.array([len(answer[1]) for _, answer, _ in answers]),
+        forces=np.concatenate([np.asarray(answer[1], dtype=float) for _, answer, _ in answers]),
+        seconds=np.array([seconds for _, _, seconds in answers]),
+    )
+    write_whole(folder / f"{answers[0][0][:16]}.npz", content.getvalue())
+
+
+def _read_answers(folder: Path) -> dict[str, tuple[float, FloatArray, float]]:
+    """Energy in eV, forces in eV/Å and seconds by key; a file that cannot be read holds nothing."""
+    found = {}
+    for file in sorted(folder.glob("*.npz")):
+        try:
+            with np.load(file, allow_pickle=False) as told:
+                forces = np.split(told["forces"], np.cumsum(told["sizes"])[:-1])
+                rows = zip(told["keys"].tolist(), told["energies_ev"].tolist(), forces, told["seconds"], strict=True)
+                found.update({key: (float(ev), np.asarray(f, float), float(s)) for key, ev, f, s in rows})
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            continue
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

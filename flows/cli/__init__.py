@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from flows import __version__
-from flows.cli import labels, results, runs
+from flows.cli import labels, models, results, runs
 from flows.cli.command_group import OneLineErrors
 from flows.cli.common import Output
 
@@ -52,7 +52,7 @@ def start(
         print(ctx.get_help())
 
 
-for group in (runs, results, labels):
+for group in (runs, results, labels, models):
     app.add_typer(group.verbs)
 
 

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from alcore.errors import AlLoopError, InputError
 
 GLOBAL_FLAGS = ("--debug", "-v", "--verbose", "-q", "--quiet")
-LATER_VERBS = ("pretrain", "benchmark")
+LATER_VERBS = ("benchmark",)
 """Verbs that have a meaning but no code yet: refused by name, not as misspelt."""
 
 

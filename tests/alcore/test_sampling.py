@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from alcore.neb import NebSpec, closest_contact, interpolate
 from alcore.neighbours import neighbours
-from alcore.sampling import SampleSpec, around_hops, disturbed, rattled, squeeze, strained
+from alcore.sampling import (
+    DefectSpec,
+    SampleSpec,
+    around_hops,
+    around_structures,
+    disturbed,
+    rattled,
+    squeeze,
+    strained,
+    swapped,
+    vacated,
+)
 from alcore.types import EndpointPair, Structure
 
 QUIET = SampleSpec(rattle_ang=(0.02, 0.0200001), strain=0.0, squeezed_fraction=0.0)
@@ -98,3 +109,30 @@ def test_the_same_seed_gives_the_same_structures(au_pair: EndpointPair) -> None:
     )
     assert (first == again).all()
     assert not np.allclose(first, other)
+
+
+def test_defects_around_structures_are_as_frequent_as_said(crystal: Structure) -> None:
+    """Half miss an atom; the others keep theirs, exchanged or not."""
+    alloy = crystal.to_atoms()
+    alloy.symbols[:4] = "Au"
+    often = DefectSpec(vacancy_fraction=0.5, swap_fraction=0.5)
+    found = around_structures([Structure.from_atoms(alloy)], 60, np.random.default_rng(0), QUIET, often)
+    n_missing = sum(len(s) == len(crystal) - 1 for s in found)
+    assert 20 <= n_missing <= 40
+    assert all(len(s) in (len(crystal), len(crystal) - 1) for s in found)
+    whole = [s for s in found if len(s) == len(crystal)]
+    exchanged = [(np.linalg.norm(s.positions - crystal.positions, axis=1) > 1.0).sum() for s in whole]
+    assert exchanged == [2] * len(whole)
+
+
+def test_fixed_atoms_have_no_defects(au_pair: EndpointPair) -> None:
+    structure = au_pair.initial
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert vacated(structure, rng).fixed.sum() == structure.fixed.sum()
+        moved = swapped(structure, rng).positions
+        assert (moved[structure.fixed] == structure.positions[structure.fixed]).all()
+
+
+def test_a_pure_crystal_has_nothing_to_exchange(crystal: Structure) -> None:
+    assert swapped(crystal, np.random.default_rng(0)) is crystal

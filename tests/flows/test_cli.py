@@ -50,6 +50,7 @@ VERBS = (
     "import",
     "gc",
     "calculators",
+    "pretrain",
 )
 HEAVY = ("torch", "mace", "prefect", "mongoengine", "pymongo", "ase", "numpy", "matplotlib", "pyiron_base")
 
@@ -109,9 +110,9 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pretrain", "x.yaml"], "al-loop pretrain: not available yet (there is: init check run "),
+        (["pretrain", "x.yaml"], "x.yaml: no such file (config/pretrain_cr_sb_te.yaml is an example)"),
         (["benchmark", "bench.yaml"], "al-loop benchmark: not available yet"),
-        (["pretrain"], "al-loop pretrain: not available yet"),
+        (["pretrain"], "al-loop pretrain: Missing argument 'PRETRAIN.yaml'. (see `al-loop pretrain --help`)"),
         (["import", "gone"], "gone: no such folder (name the folder that `al-loop export` wrote)"),
         (["chek", "run.yaml"], "al-loop chek: no such verb (did you mean `al-loop check`?)"),
         (["run"], "al-loop run: Missing argument 'RUN.yaml'. (see `al-loop run --help`)"),

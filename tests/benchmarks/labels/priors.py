@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,39 +22,15 @@ from cases import CASES
 from alcore.chemical_space import metals, pairs, salts
 from alcore.mace.models import load_foundation
 from alcore.mace.pretraining import PretrainSpec, pretrain
-from alcore.teaching import Answer
 from alcore.types import Structure
+from calculators.registry import resolve
+from calculators.teacher import InProcess, make_teacher
 
 
-class Chgnet:
-    """CHGNet as a teacher, in batches on one core."""
-
-    def __init__(self, batch_size: int = 4) -> None:
-        from chgnet.model import CHGNet
-        from pymatgen.io.ase import AseAtomsAdaptor
-
-        self.name = "chgnet"
-        self.fingerprint = f"chgnet {version('chgnet')}"
-        self._model: Any = CHGNet.load(use_device="cpu", verbose=False)
-        self._convert: Any = AseAtomsAdaptor.get_structure
-        self._batch_size = batch_size
-
-    def __call__(self, structures: Sequence[Structure]) -> list[Answer | None]:
-        answers: list[Answer | None] = []
-        for start in range(0, len(structures), self._batch_size):
-            answers += self._ask(structures[start : start + self._batch_size])
-            if start % (25 * self._batch_size) == 0:
-                print(f"labelled {len(answers)} of {len(structures)}", flush=True)
-        return answers
-
-    def _ask(self, batch: Sequence[Structure]) -> list[Answer | None]:
-        try:
-            crystals = [self._convert(structure.to_atoms()) for structure in batch]
-            found = self._model.predict_structure(crystals, task="ef", batch_size=len(batch))
-        except Exception:  # one structure it refuses (an isolated atom) fails its whole batch
-            return [None] if len(batch) == 1 else [answer for one in batch for answer in self._ask([one])]
-        results = [found] if isinstance(found, dict) else found
-        return [(float(r["e"]) * len(s), np.asarray(r["f"], dtype=float)) for r, s in zip(results, batch, strict=True)]
+def chgnet() -> InProcess:
+    """CHGNet in batches, under the fingerprint that the reports of the first priors have: what was held out then, stays
+    held out when one of them is trained on (``--start``)."""
+    return replace(make_teacher(resolve("chgnet")), fingerprint=f"chgnet {version('chgnet')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +98,7 @@ def main() -> None:
             learning_rate=given.learning_rate or recipe.spec.learning_rate,
         )
         rng, start = np.random.default_rng(recipe.seed + 1), load_foundation(given.start) if given.start else None
-        pretrained = pretrain(structures_of(recipe), Chgnet(), spec, rng, recipe.note, start)
+        pretrained = pretrain(structures_of(recipe), chgnet(), spec, rng, recipe.note, start)
         pretrained.save(given.out / f"{name}-chgnet.model")
         print(f"{name}: {pretrained.report.line()}")
 
