@@ -30,6 +30,12 @@ VARIANTS: dict[str, Variant] = {
     "lora": Variant(about="adapters of low rank fine-tuned", model={"strategy": "lora"}),
     "frozen": Variant(about="embedding and interactions frozen", model={"strategy": "frozen"}),
     "scratch": Variant(about="each member trained from its own weights", model={"strategy": "scratch"}),
+    **{
+        f"{strategy}-alone": Variant(
+            about=f"strategy {strategy} without correction", model={"strategy": strategy, "correction": "none"}
+        )
+        for strategy in ("scratch", "naive", "multihead", "lora", "frozen")
+    },
     "correction-none": Variant(about="committee alone", model={"correction": "none"}),
     "correction-blr": Variant(about="linear on node features", model={"correction": "blr"}),
     "correction-gp": Variant(about="a Gaussian process over the places of the atoms", model={"correction": "gp"}),
