@@ -34,8 +34,6 @@ BONDED, PRESSED, NO_BOND = 1.3, 0.85, 0.7
 """Sums of covalent radii. Atoms nearer than the first are bonded already: what they gain by relaxing (EMT: 0.8 eV
 around an atom squeezed in) they have gained before the second. Others may form a bond, but none is shorter than the
 third (N2: 0.77)."""
-N_RISING = 3
-"""Shortest distances of an approach over which the energy must rise."""
 MAX_TRIES = 50
 """Pairs of the same elements that are looked at for one whose way is clear."""
 
@@ -62,10 +60,11 @@ class SanitySpec:
             0.1 meV was seen for a slab of metal, 1 to 5 for EMT under large forces; more as atoms fell into a hole.
         max_displacement_ang: of any atom in a run, as in a relaxation's guards; a free one goes 0.3 Å along an axis.
         min_distance_fraction: of the sum of covalent radii, between any two atoms of a run, likewise.
-        closest_fraction: to which two atoms are brought: well inside the last, where nothing but repulsion is left.
+        closest_fraction: to which two atoms are brought: well inside the last, at which every relaxation stops.
+        wall_ev: above the start; what lies behind so much is out of reach, and may do as it likes.
         n_points: of an approach.
-        max_fall_ev: by which the energy may lie below the start once two atoms are closer than any bond: EMT lies
-            above it there, models with holes of 0.9 to 4.8 eV were seen.
+        max_fall_ev: by which the energy may fall once two atoms are closer than any bond, from the start or from what
+            it had risen to: EMT lies above the start there, models with holes of 0.9 to 4.8 eV were seen.
     """
 
     energy_rmse_ev: float = 0.03
@@ -83,6 +82,7 @@ class SanitySpec:
     max_displacement_ang: float = Guards().max_displacement_ang
     min_distance_fraction: float = Guards().min_distance_fraction
     closest_fraction: float = 0.45
+    wall_ev: float = 10.0
     n_points: int = 14
     max_fall_ev: float = 0.5
 
@@ -407,13 +407,13 @@ def _approach_fault(way: Approach, evaluate: Evaluate, spec: SanitySpec) -> str:
     energies = evaluate(way.template, way.positions)[0]
     if not np.isfinite(energies).all():
         return "energies are not finite"
+    wall = np.flatnonzero(energies > energies[0] + spec.wall_ev)
+    reached = np.arange(len(energies)) <= (wall[0] if len(wall) else len(energies))
     within = PRESSED if way.distance_ang[0] < BONDED * way.bond_ang else NO_BOND
-    fall = np.where(way.distance_ang < within * way.bond_ang, energies[0] - energies, -np.inf)
+    pressed = reached & (way.distance_ang < within * way.bond_ang)
+    highest = np.where(pressed, energies, energies[0])
+    fall = np.where(pressed, np.maximum.accumulate(highest) - energies, -np.inf)
     if fall.max() > spec.max_fall_ev:
         where = way.distance_ang[fall.argmax()]
         return f"energy falls by {fall.max():.1f} eV on the way to {where:.2f} Å (limit {spec.max_fall_ev:g})"
-    falling = np.flatnonzero(np.diff(energies[-N_RISING:]) <= 0.0)
-    if len(falling):
-        far, near = way.distance_ang[-N_RISING:][falling[0] : falling[0] + 2]
-        return f"energy does not rise from {far:.2f} to {near:.2f} Å"
     return ""

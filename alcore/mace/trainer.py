@@ -170,7 +170,9 @@ class MaceTrainer:
             replay=replay,
             seed=self.spec.seed + 1000 * (k + 1) + generation,
         )
-        wrong = self._faults(surrogate, member.model, learned, surrogate.members[k] if warm else None)
+        fresh = self.untrained or self.spec.strategy == "scratch"
+        before = surrogate.members[k] if warm else None if fresh else self.prior
+        wrong = self._faults(surrogate, member.model, learned, before)
         told = {**member.told, **({"replay": source} if source else {})}
         return replace(member, name=name, generation=generation, began_from=began_from, told=told, faults=tuple(wrong))
 

@@ -107,7 +107,7 @@ def fine_tune(
         seed: of adapters (``lora``).
 
     Raises:
-        TrainingError: the loss is not finite, or what would be done is not what was asked for.
+        TrainingError: the loss was never finite, or what would be done is not what was asked for.
     """
     how = strategy or StrategySpec()
     if (how.learning == "multihead") != bool(replay):
@@ -122,7 +122,9 @@ def fine_tune(
     optimizer = torch.optim.Adam(trainable, lr=spec.learning_rate, amsgrad=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.learning_rate, total_steps=epochs + 1)
     best, best_state = float("inf"), None
-    for _ in range(epochs + 1):
+    done = -1
+    while done < epochs:
+        done += 1
         optimizer.zero_grad()
         energy_error, force_error = _errors(twin, batch, training=True)
         each = spec.energy_weight_per_ev2 * energy_error**2 + spec.force_weight * _mean_square(force_error, batch)
@@ -131,24 +133,25 @@ def fine_tune(
             loss = loss + how.replay_weight * each[batch.n_labels :].mean()
         value = float(loss.detach())
         if not np.isfinite(value):
-            raise TrainingError("the training loss is not finite: look at the labels' energies and forces")
+            break  # what was best until here is judged like any other
         if value < best:
             best, best_state = value, {k: v.detach().clone() for k, v in twin.state_dict().items()}
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, spec.clip_norm)
         optimizer.step()
         schedule.step()
-    assert best_state is not None
+    if best_state is None:
+        raise TrainingError("the training loss is not finite: look at the labels' energies and forces")
     twin.load_state_dict(best_state)
     trained = made.finished(twin)
     alone = _merge(trained, Learner(model=trained), dataset.labels, ())
     energy_error, force_error = _errors(trained, alone, training=False)
-    told = {**made.told, "learning_rate": spec.learning_rate, "epochs": epochs, "n_replay": len(replay), **REFERENCES}
+    told = {**made.told, "learning_rate": spec.learning_rate, "epochs": done, "n_replay": len(replay), **REFERENCES}
     return TrainedMember(
         model=trained,
         energy_rmse_ev=float(energy_error.detach().square().mean().sqrt()),
         force_rmse_ev_per_ang=float(force_error.detach().square().mean().sqrt()),
-        epochs=epochs,
+        epochs=done,
         learning_rate=spec.learning_rate,
         told=told,
     )

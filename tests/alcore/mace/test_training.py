@@ -111,3 +111,11 @@ def test_labels_that_are_not_finite_stop_the_training(what: str, dataset: Datase
             weights=np.ones(4),
             warm=False,
         )
+
+
+def test_a_training_that_runs_away_ends_with_the_best_it_had(dataset: Dataset, untrained_model: Any) -> None:
+    spec = TrainSpec(epochs=20, learning_rate=1e30)
+    member = fine_tune(untrained_model, dataset, spec, weights=np.ones(4), warm=False)
+    assert member.epochs < spec.epochs
+    assert np.isfinite(member.energy_rmse_ev)
+    assert member.told["epochs"] == member.epochs
