@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -114,3 +116,15 @@ def test_calibrated_sigma_is_never_below_the_raw_one_scaled(factor: float, commi
     sigma = float(calibrated(committee, posterior, Calibration(factor=factor)))
     assert sigma >= factor * np.hypot(committee, posterior) * (1 - 1e-12)
     assert sigma > 0.0
+
+
+def test_a_committee_is_forgiven_what_it_has_learned_since() -> None:
+    """Far off before its first trainings, right ever after; a surface that is not trained anew is not."""
+
+    def factor(lead: str) -> float:
+        wrong, right = _residual(0.4, 0.01), _residual(0.01, 0.01)
+        told = [replace(r, by_lead_ev={lead: r.predicted_ev}) for r in (wrong, *[right] * 15)]
+        return calibrate(told).factor
+
+    assert factor("committee") < 3.0
+    assert factor("prior") > 8.0
