@@ -52,12 +52,16 @@ def combined(committee_ev: FloatArray | float, posterior_ev: FloatArray | float)
 
 
 def calibrate(residuals: Sequence[Residual], others: Calibration = OVER_UNTRAINED) -> Calibration:
-    """The factors that make ``residuals`` look Gaussian; the more there are, the less what ``others`` found counts."""
+    """The factors that make ``residuals`` look Gaussian; the more there are, the less what ``others`` found counts.
+
+    A prediction that stated no uncertainty (a bare model, before there is a committee) tells nothing of its honesty.
+    """
+    stated = [r for r in residuals if of_lead(r.sigma_committee_ev, r.lead) > 0 or r.sigma_posterior_ev > 0]
     scores = np.array(
-        [r.error_ev / float(combined(of_lead(r.sigma_committee_ev, r.lead), r.sigma_posterior_ev)) for r in residuals]
+        [r.error_ev / float(combined(of_lead(r.sigma_committee_ev, r.lead), r.sigma_posterior_ev)) for r in stated]
     )
-    is_astray = np.array([r.kind == "uncertain" for r in residuals], dtype=bool)
-    keeps = np.array([FORGETTING if r.by_lead_ev and r.lead == "committee" else 1.0 for r in residuals])
+    is_astray = np.array([r.kind == "uncertain" for r in stated], dtype=bool)
+    keeps = np.array([FORGETTING if r.by_lead_ev and r.lead == "committee" else 1.0 for r in stated])
     factor, astray = (
         _scale(scores[mine], keeps[mine], theirs)
         for mine, theirs in ((~is_astray, others.factor), (is_astray, others.astray))

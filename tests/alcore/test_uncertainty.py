@@ -128,3 +128,9 @@ def test_a_committee_is_forgiven_what_it_has_learned_since() -> None:
 
     assert factor("committee") < 3.0
     assert factor("prior") > 8.0
+
+
+def test_a_prediction_that_stated_no_uncertainty_does_not_count() -> None:
+    silent = _residual(0.5, 0.0)
+    assert calibrate([silent]) == calibrate([])
+    assert calibrate([silent, _residual(0.05, 0.05)]).factor == calibrate([_residual(0.05, 0.05)]).factor
