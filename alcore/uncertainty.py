@@ -26,6 +26,9 @@ within one sigma, over a trained starting model and over an untrained one, where
 FORGETTING = 0.8
 """Of its weight that a committee's residual keeps when the next one comes: it was trained anew since. One that began
 40 of its sigmas off would else never be sure again. (On the development half no coverage changes by more than 1 %.)"""
+WILD = 5.0
+"""Times the factor of other runs that a committee's residual counts as at most: members that have learned next to
+nothing agree on it (hundreds of sigmas were seen), which tells nothing of what they say later."""
 OTHERS_WEIGHT = 3.0
 """Residuals of its own that a run holds against those of others: hops differ more than their labels do."""
 
@@ -80,9 +83,9 @@ def calibrate(residuals: Sequence[Residual], others: Calibration = OVER_UNTRAINE
 
 def _scale(scores: FloatArray, keeps: FloatArray, others_factor: float) -> float:
     """``keeps``: what is left of a residual's weight when the next one comes, ``(n_residuals,)``."""
-    age = np.arange(len(scores))[::-1]
-    weights = keeps**age
-    total = OTHERS_WEIGHT * others_factor**2 + float((weights * scores**2).sum())
+    weights = keeps ** np.arange(len(scores))[::-1]
+    bounded = np.where(keeps < 1, np.minimum(np.abs(scores), WILD * others_factor), scores)
+    total = OTHERS_WEIGHT * others_factor**2 + float((weights * bounded**2).sum())
     return float(np.sqrt(total / (OTHERS_WEIGHT + weights.sum())))
 
 
