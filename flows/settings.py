@@ -243,7 +243,7 @@ class ExecutorSettings(Section):
 
 class TrainingOptions(Section):
     """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` and ``alcore.mace.strategies.StrategySpec``
-    have the same names and defaults."""
+    have the same names and defaults, ``alcore.mace.sanity.SanitySpec`` the same defaults."""
 
     epochs: int = Field(default=150, ge=1, description="of the first training of a member")
     warm_epochs: int = Field(default=40, ge=1, description="of later ones, which start from the last weights")
@@ -254,6 +254,10 @@ class TrainingOptions(Section):
     first_labels: int | None = Field(
         default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
     )
+    sane_energy_ev: float = Field(
+        default=0.03, gt=0, description="eV; a member that reproduces its labels' relative energies worse is given up"
+    )
+    sane_force_ev_per_ang: float = Field(default=0.25, gt=0, description="eV/Å; the same of forces")
     head: str | None = Field(default=None, description="of a foundation model that has several")
     lora_rank: int = Field(default=4, ge=1, description="strategy lora: rank of the adapters")
     lora_alpha: float = Field(default=4.0, gt=0, description="strategy lora: a weight changes by alpha / rank A B")

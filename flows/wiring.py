@@ -344,6 +344,7 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
         InputError: the file of what is to be replayed cannot be used.
         ModelError: the strategy needs a foundation model.
     """
+    from alcore.mace.sanity import SanitySpec
     from alcore.mace.strategies import StrategySpec
     from alcore.mace.trainer import MaceTrainer, ModelSpec
     from alcore.mace.training import TrainSpec
@@ -361,6 +362,7 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
             replay_weight=options.replay_weight,
         ),
         replay_count=options.replay_count,
+        sanity=SanitySpec(energy_rmse_ev=options.sane_energy_ev, force_rmse_ev_per_ang=options.sane_force_ev_per_ang),
         seed=settings.seed,
         prior_name=prior.name,
         run=settings.name,

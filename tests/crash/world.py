@@ -27,6 +27,8 @@ CHECKOUT = HERE.parents[1]
 MARK = "CRASH_TEST_WORLD"
 """Environment variable that everything started here inherits; its value is the world's folder."""
 RUN = "crash"
+SHORT = {"sane_energy_ev": 10.0, "sane_force_ev_per_ang": 10.0}
+"""Trainings too short for members that could be used: they are taken as they are."""
 COMMAND_LIMIT_S = 240.0
 LEAVES_WITHIN_S = 30.0
 """A process that is asked to end does so within this."""
@@ -46,7 +48,7 @@ def run_settings(label_s: float) -> dict[str, Any]:
             "path": str(HERE),
         },
         "executor": {"kind": "local", "workers": 2, "max_running": 2, "timeout_s": 600},
-        "model": {"committee": 2, "options": {"epochs": 20, "warm_epochs": 10, "first_labels": 4}},
+        "model": {"committee": 2, "options": {"epochs": 20, "warm_epochs": 10, "first_labels": 4, **SHORT}},
         "neb": {"n_images": 5},
         "select": {"labels_per_generation": 2},
         "stop": {

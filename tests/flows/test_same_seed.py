@@ -23,6 +23,8 @@ from flows.sittings import flat
 from storage.mongod import stop_mongod
 
 STRUCTURES = Path(__file__).resolve().parents[2] / "config" / "structures" / "au_al100"
+SHORT = {"sane_energy_ev": 10.0, "sane_force_ev_per_ang": 10.0}
+"""Trainings too short for members that could be used: they are taken as they are."""
 OF_THE_PROCESS = ("run", "seconds", "sitting")
 """What two runs need not have the same."""
 STEPS = 4
@@ -60,7 +62,7 @@ class Runs:
             "paths": [{key: str(STRUCTURES / f"{key}.extxyz") for key in ("initial", "final")}],
             "calculator": {"name": "emt"},
             "executor": {"workers": workers, "max_running": 2, "timeout_s": 120},
-            "model": {"committee": 2, "options": {"epochs": 8, "warm_epochs": 4, "first_labels": 6}},
+            "model": {"committee": 2, "options": {"epochs": 8, "warm_epochs": 4, "first_labels": 6, **SHORT}},
             "neb": {"n_images": 3},
             "select": {"labels_per_generation": 2},
             "stop": {"max_generations": 4, "barrier_tolerance_ev": 0.0001, "saddle_fmax_ev_per_ang": 0.02},
