@@ -31,6 +31,8 @@ from storage.memory import MemoryStore
 from storage.mongod import ensure_mongod, stop_mongod
 from storage.store import MongoStore
 
+SHORT = {"sane_energy_ev": 10.0, "sane_force_ev_per_ang": 10.0}
+"""Trainings too short for members that could be used: they are taken as they are."""
 STRATEGIES = Path(__file__).parents[1] / "storage" / "test_mapping.py"
 
 
@@ -335,7 +337,7 @@ def test_a_run_is_gone_on_with_in_another_database(
     strategy: str, hop: Any, home: Path, other_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"travels-{strategy}"
-    model = {"strategy": strategy, "committee": 2, "options": {"epochs": 2, "warm_epochs": 2}}
+    model = {"strategy": strategy, "committee": 2, "options": {"epochs": 2, "warm_epochs": 2, **SHORT}}
     n_first, n_then = (7, 9) if strategy == "naive" else (3, 4)  # the committee is trained on 6 labels, and again on 8
     file = hop.run_file(name, model=model, stop={"max_labels": n_first, "barrier_tolerance_ev": 1e-9})
     more = ["--no-server", "--set", f"stop.max_labels={n_then}"]
