@@ -8,7 +8,7 @@ reference is never asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from ase.data import covalent_radii
@@ -103,15 +103,7 @@ def vacated(structure: Structure, rng: np.random.Generator) -> Structure:
     free = np.flatnonzero(~structure.fixed.any(axis=1))
     if not len(free) or len(structure) < 3:
         return structure
-    left = np.delete(np.arange(len(structure)), rng.choice(free))
-    moments = structure.magnetic_moments
-    return replace(
-        structure,
-        numbers=structure.numbers[left],
-        positions=structure.positions[left],
-        fixed=structure.fixed[left],
-        magnetic_moments=None if moments is None else moments[left],
-    )
+    return structure.take(np.delete(np.arange(len(structure)), rng.choice(free)))
 
 
 def swapped(structure: Structure, rng: np.random.Generator) -> Structure:

@@ -6,7 +6,7 @@ Units stand in the names; ``Å`` and ``eV`` throughout. Arrays are read-only onc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -114,6 +114,17 @@ class Structure:
             fixed=self.fixed,
             charge=self.charge,
             magnetic_moments=self.magnetic_moments,
+        )
+
+    def take(self, which: IntArray) -> Structure:
+        """The atoms at these places, in this order."""
+        moments = self.magnetic_moments
+        return replace(
+            self,
+            numbers=self.numbers[which],
+            positions=self.positions[which],
+            fixed=self.fixed[which],
+            magnetic_moments=None if moments is None else moments[which],
         )
 
     def free_fmax(self, forces: FloatArray) -> float:

@@ -5,7 +5,8 @@ and multiplied by one factor, learned from the loop's own residuals: each label 
 so |error| / sigma is a fair test. The label noise is added after that. The factor is the scale of the posterior of a
 Gaussian error model with an inverse-gamma prior (Gelman et al., *Bayesian Data Analysis*, sec. 2.6) that other runs
 have set, so a run with few residuals of its own relies on theirs, and one lucky label does not make it small. Bands
-that did not converge have a factor of their own: what a model says of collapsed atoms tells nothing of its saddles.
+that did not converge, and images asked for because they are the least certain, have a factor of their own: what a model
+says of collapsed atoms tells nothing of its saddles, and where it is least certain it is most wrong.
 """
 
 from __future__ import annotations

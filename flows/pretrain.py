@@ -33,7 +33,7 @@ from alcore.types import Structure
 from flows.pretrain_settings import LearningSettings, PretrainSettings, formula_counts
 from flows.runfile import RunFileErrors
 from flows.signals import terminable
-from flows.wiring import vouched
+from flows.wiring import threads, vouched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,7 +229,7 @@ def run_job(job: PretrainJob, console: Console, *, quiet: bool = False) -> Pretr
 
     settings = job.settings
     say(f"{settings.name}: {len(job.structures)} structures for {job.resolved.name}: {job.note}")
-    with terminable(), _threads(settings.training.threads):
+    with terminable(), threads(settings.training.threads):
         from alcore.mace.pretraining import learn
         from calculators.teacher import make_teacher
 
@@ -278,21 +278,6 @@ def made_line(job: PretrainJob, report: PretrainReport) -> str:
         f"{1000 * report.force_rmse_ev_per_ang:.0f} meV/Å (forces there {1000 * report.force_rms_ev_per_ang:.0f}); "
         f"{job.model_file}"
     )
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    """So many an operation, whatever the machine has: the weights depend on it in their last digits."""
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted)
-    try:
-        with threadpool_limits(limits=wanted):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -423,11 +423,18 @@ def at_once(settings: RunSettings) -> dict[StepName, int]:
 @contextmanager
 def few_threads(pairs: Sequence[EndpointPair], spec: LoopSpec) -> Iterator[None]:
     """One thread an operation while bands are small: several would wait for each other longer than they compute."""
+    nodes = max(len(pair.initial) for pair in pairs) * (spec.neb.n_images + 2)
+    with threads(1 if nodes < NODES_WORTH_THREADS else environment.cores()):
+        yield
+
+
+@contextmanager
+def threads(wanted: int) -> Iterator[None]:
+    """So many an operation, whatever the machine has: results depend on it in their last digits."""
     import torch
     from threadpoolctl import threadpool_limits
 
-    nodes = max(len(pair.initial) for pair in pairs) * (spec.neb.n_images + 2)
-    wanted, before = (1 if nodes < NODES_WORTH_THREADS else environment.cores()), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(wanted)
     try:
         with threadpool_limits(limits=wanted):

@@ -110,7 +110,8 @@ def faults(
     labels = dataset.labels
     if not labels:
         return []
-    found, beneath = _predicted(model, labels), _beneath(model, labels, backdrop)
+    found = _predicted(model, labels)
+    beneath = _beneath(found, labels, backdrop)
     broken = [not (np.isfinite(e) and np.isfinite(f).all()) for e, f in (*found, *beneath)]
     if any(broken):
         return [f"energies or forces of {sum(broken)} of {len(labels)} labels are not finite"]
@@ -144,14 +145,14 @@ def _predicted(model: Any, labels: Sequence[Label]) -> Predicted:
     return found
 
 
-def _beneath(model: Any, labels: Sequence[Label], backdrop: Evaluate | None) -> Predicted:
-    """What lies under the model at each label."""
+def _beneath(bare: Predicted, labels: Sequence[Label], backdrop: Evaluate | None) -> Predicted:
+    """What lies under the model, which says ``bare``, at each label."""
     if backdrop is None:
         return [(0.0, np.zeros(label.structure.positions.shape)) for label in labels]
-    bare, found = MaceSurrogate(prior=model).evaluate, []
-    for structure in (label.structure for label in labels):
-        (energy, force), (less, lesser) = (each(structure, structure.positions[None]) for each in (backdrop, bare))
-        found.append((float(energy[0] - less[0]), force[0] - lesser[0]))
+    found = []
+    for label, (less, lesser) in zip(labels, bare, strict=True):
+        energy, force = backdrop(label.structure, label.structure.positions[None])
+        found.append((float(energy[0]) - less, force[0] - lesser))
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from alcore.errors import TrainingError
+from alcore.errors import ModelError, TrainingError
 from alcore.mace.models import CONSTRUCTION, freeze, model_elements, trainable_copy
 
 Learning = Literal["naive", "scratch", "multihead", "lora", "frozen"]
@@ -180,8 +180,6 @@ def one_headed(model: Any, head: str | None, where: str) -> Any:
         ModelError: there are several and none is named, or none of that name.
     """
     from mace.tools.scripts_utils import remove_pt_head
-
-    from alcore.errors import ModelError
 
     heads = list(getattr(model, "heads", None) or ["Default"])
     known = ", ".join(heads)

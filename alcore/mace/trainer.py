@@ -150,7 +150,7 @@ class MaceTrainer:
         warm = bool(surrogate.members)
         if warm:
             model, began_from = surrogate.members[k], str(surrogate.notes["members"][k])
-        elif self.untrained or self.spec.strategy == "scratch":
+        elif self._fresh:
             seed = self.spec.seed + 1000 * (k + 1)
             model, began_from = build_model([int(z) for z in self.prior.atomic_numbers], seed), f"seed {seed}"
         else:
@@ -170,11 +170,15 @@ class MaceTrainer:
             replay=replay,
             seed=self.spec.seed + 1000 * (k + 1) + generation,
         )
-        fresh = self.untrained or self.spec.strategy == "scratch"
-        before = surrogate.members[k] if warm else None if fresh else self.prior
+        before = surrogate.members[k] if warm else None if self._fresh else self.prior
         wrong = self._faults(surrogate, member.model, learned, before)
         told = {**member.told, **({"replay": source} if source else {})}
         return replace(member, name=name, generation=generation, began_from=began_from, told=told, faults=tuple(wrong))
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether members begin with weights of their own."""
+        return self.untrained or self.spec.strategy == "scratch"
 
     @property
     def _learning(self) -> Learning:
@@ -286,8 +290,7 @@ class MaceTrainer:
         return with_correction(replace(start, members=members, lead=lead, notes=notes), dataset, self.spec.correction)
 
     def _skeleton(self) -> Any:
-        fresh = self.untrained or self.spec.strategy == "scratch"
-        return build_model([int(z) for z in self.prior.atomic_numbers], 0) if fresh else self.prior
+        return build_model([int(z) for z in self.prior.atomic_numbers], 0) if self._fresh else self.prior
 
     def _keep(self, member: TrainedMember, dataset: Dataset) -> str:
         """Stores the weights with what made them; returns their id."""
