@@ -11,6 +11,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +60,26 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("al-loop", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("al-loop")
+
+
+def _stands_still(thread: Path) -> bool:
+    try:
+        return thread.read_text().rpartition(")")[2].split()[0] in "TZX"
+    except OSError:  # it ended
+        return True
+
+
+def _freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    while not all(_stands_still(thread) for thread in Path(f"/proc/{pid}").glob("task/*/stat")):
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def freeze() -> Callable[[int], None]:
+    """Stops a process until ``SIGCONT``; returns when all its threads stand still. The signal alone may be late: a
+    busy server still answers what it was asked after it was sent."""
+    return _freeze
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -107,7 +107,9 @@ def other_process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[byt
 
 
 @pytest.fixture
-def computed(tmp_path: Path, other_process: Callable[..., subprocess.Popen[bytes]]) -> Callable[..., None]:
+def computed(
+    tmp_path: Path, other_process: Callable[..., subprocess.Popen[bytes]], freeze: Callable[[int], None]
+) -> Callable[..., None]:
     """``computed(function)``: another process labelled in ``tmp_path/all/first``, and was killed before it heard of
     the answer: it was stopped before the calculation ended."""
 
@@ -116,7 +118,7 @@ def computed(tmp_path: Path, other_process: Callable[..., subprocess.Popen[bytes
         hold.touch()
         process = other_process(function, hold=str(hold))
         wait_until(lambda: n_begun(tmp_path))
-        process.send_signal(signal.SIGSTOP)
+        freeze(process.pid)
         hold.unlink()
         wait_until(lambda: kept(tmp_path / "all" / "first"))
         process.kill()
@@ -293,13 +295,16 @@ def test_what_ends_while_all_is_being_ended_is_no_outcome(
 
 
 def test_a_program_that_outlived_a_killed_worker_is_ended_before_its_label_is_computed_again(
-    tmp_path: Path, other_process: Callable[..., subprocess.Popen[bytes]], make_requests: MakeRequests
+    tmp_path: Path,
+    other_process: Callable[..., subprocess.Popen[bytes]],
+    make_requests: MakeRequests,
+    freeze: Callable[[int], None],
 ) -> None:
     pids = tmp_path / "pids"
     process = other_process("depends", pid_file=str(pids))
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     worker, program = map(int, pids.read_text().split())
-    process.send_signal(signal.SIGSTOP)
+    freeze(process.pid)
     os.kill(worker, signal.SIGKILL)
     process.kill()
     process.wait()

@@ -71,8 +71,8 @@ def test_a_server_that_was_stopped_on_purpose_is_waited_for(own: Any, records: A
     assert own.store.load_run("r") is not None
 
 
-def test_closing_starts_no_server(own: Any, records: Any) -> None:
-    os.kill(own.pid(), signal.SIGSTOP)
+def test_closing_starts_no_server(own: Any, records: Any, freeze: Any) -> None:
+    freeze(own.pid())
     own.store.stop_waiting()
     own.store.save_run(records.run("r"))
     own.store._courier._closed.set()
@@ -84,9 +84,9 @@ def test_closing_starts_no_server(own: Any, records: Any) -> None:
     assert own.told[-1].startswith("1 write waits on disk")
 
 
-def test_a_server_that_hangs_holds_up_no_write(own: Any, records: Any) -> None:
+def test_a_server_that_hangs_holds_up_no_write(own: Any, records: Any, freeze: Any) -> None:
     own.store.save_run(records.run("r"))
-    os.kill(own.pid(), signal.SIGSTOP)
+    freeze(own.pid())
     for index in range(3):
         own.store.save_generation(records.generation("r", index))
     assert own.store.waiting == 3
@@ -352,10 +352,10 @@ def test_it_costs_little(kit: Any, records: Any) -> None:
     assert durable < 0.5 + plain
 
 
-def test_ensure_mongod_is_what_revives(own: Any, wait: Any) -> None:
+def test_ensure_mongod_is_what_revives(own: Any, wait: Any, freeze: Any) -> None:
     """A server that hangs is not started a second time beside itself."""
     before = own.pid()
-    os.kill(before, signal.SIGSTOP)
+    freeze(before)
     own.store.release_lease("a", "me")
     assert wait(lambda: own.told)
     time.sleep(1.0)

@@ -128,14 +128,18 @@ def test_two_processes_write_while_the_server_is_killed_again_and_again(
 
 
 def test_a_writer_that_is_stopped_in_the_middle_holds_up_nobody(
-    own_server: Path, reopened: Callable[[], DurableStore], records: Any, monkeypatch: pytest.MonkeyPatch
+    own_server: Path,
+    reopened: Callable[[], DurableStore],
+    records: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    freeze: Callable[[int], None],
 ) -> None:
     monkeypatch.setattr("storage.spool.TURN_S", 1.0)
     ensure_mongod(own_server)
     process = writer(own_server, 0, 100_000, "stopped")
     try:
         for _ in range(5):
-            process.send_signal(signal.SIGSTOP)
+            freeze(process.pid)
             store = reopened()
             store.save_run(records.run("other"))
             assert store.load_run("other") is not None
@@ -185,14 +189,14 @@ def test_the_databases_disk_is_full_for_a_while(full_disk_home: Path, monkeypatc
 
 
 def test_a_server_that_is_slow_to_come_back_ends_no_reader(
-    own_server: Path, reopened: Callable[[], DurableStore], records: Any
+    own_server: Path, reopened: Callable[[], DurableStore], records: Any, freeze: Callable[[int], None]
 ) -> None:
     store = reopened()
     store.save_run(records.run("r"))
     pid = mongod_status(own_server).pid
     assert pid is not None
     process = psutil.Process(pid)
-    process.suspend()
+    freeze(pid)
     found: list[Any] = []
     reader = threading.Thread(target=lambda: found.append(store.load_run("r")))
     reader.start()
