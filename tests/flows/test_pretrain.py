@@ -82,6 +82,7 @@ def spec(tmp_path: Path) -> Write:
 def counted(folder: Path) -> dict[str, Any]:
     """A teacher that counts its calls in ``folder / "calls"``."""
     (folder / "counted_teacher.py").write_text(COUNTED)
+    sys.modules.pop("counted_teacher", None)  # another test's, whose folder is no more
     return {
         "teacher": {"name": "ase", "factory": "counted_teacher:calculator", "settings": {"folder": str(folder)}},
     }
@@ -216,7 +217,8 @@ def test_an_interrupted_teacher_goes_on_where_it_was(spec: Write, tmp_path: Path
 
 def test_another_training_asks_for_nothing(spec: Write, tmp_path: Path) -> None:
     file = spec(**counted(tmp_path))
-    assert pretrain(file).exit_code == 0
+    result = pretrain(file)
+    assert result.exit_code == 0, result.stderr
     for suffix in ("model", "json"):
         (tmp_path / f"tiny.{suffix}").unlink()
     chunk = next((tmp_path / "tiny.labels").glob("*.npz"))
