@@ -11,7 +11,7 @@ from ase import Atoms
 from alcore.errors import InputError
 from alcore.files import read_file
 from alcore.identity import label_key
-from alcore.types import Dataset, IntArray, Label, Structure, frozen_array
+from alcore.types import Dataset, FloatArray, IntArray, Label, Structure, frozen_array
 
 
 def grow(dataset: Dataset, labels: Iterable[Label]) -> Dataset:
@@ -43,6 +43,13 @@ def composition_groups(labels: Sequence[Label]) -> IntArray:
     compositions = [(label.structure.charge, *sorted(label.structure.numbers.tolist())) for label in labels]
     numbered = {composition: k for k, composition in enumerate(dict.fromkeys(compositions))}
     return np.array([numbered[composition] for composition in compositions])
+
+
+def centred(values: FloatArray, groups: IntArray, weights: FloatArray | None = None) -> FloatArray:
+    """``values`` relative to the (weighted) mean of their group, ``(n,)`` like all three."""
+    share = np.ones(len(values)) if weights is None else weights
+    means = np.bincount(groups, share * values) / np.maximum(np.bincount(groups, share), np.finfo(float).tiny)
+    return values - means[groups]
 
 
 def read_labels(path: Path, *, fingerprint: str, calculator: str, where: str) -> list[Label]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alcore.dataset import composition_groups
+from alcore.dataset import centred, composition_groups
 from alcore.errors import InputError
 from alcore.protocols import Potential
 from alcore.types import Dataset, Label
@@ -42,13 +42,12 @@ def judge(potential: Potential, labels: Sequence[Label]) -> Judgement:
         energies, forces = potential.evaluate(label.structure, label.structure.positions[None])
         energy_errors.append(float(energies[0]) - float(label.energy_ev or 0.0))
         force_errors.append((forces[0] - label.forces).ravel())
-    groups, errors = composition_groups(labels), np.array(energy_errors)
+    groups = composition_groups(labels)
     n_atoms = np.array([len(label.structure) for label in labels])
-    alike = [mine for mine in (groups == group for group in np.unique(groups)) if mine.sum() > 1]
-    per_atom = [(errors[mine] - errors[mine].mean()) / n_atoms[mine] for mine in alike] or [np.array([np.nan])]
+    per_atom = (centred(np.array(energy_errors), groups) / n_atoms)[np.bincount(groups)[groups] > 1]
     return Judgement(
         force_rmse_ev_per_ang=float(np.sqrt(np.mean(np.concatenate(force_errors) ** 2))),
-        energy_rmse_ev_per_atom=float(np.sqrt(np.mean(np.concatenate(per_atom) ** 2))),
+        energy_rmse_ev_per_atom=float(np.sqrt(np.mean(per_atom**2))) if len(per_atom) else float("nan"),
         n_labels=len(labels),
     )
 

@@ -245,12 +245,16 @@ class TrainingOptions(Section):
     """What ``model.options`` may hold; ``alcore.mace.training.TrainSpec`` and ``alcore.mace.strategies.StrategySpec``
     have the same names and defaults, ``alcore.mace.sanity.SanitySpec`` the same defaults."""
 
-    epochs: int = Field(default=150, ge=1, description="of the first training of a member")
-    warm_epochs: int = Field(default=40, ge=1, description="of later ones, which start from the last weights")
-    learning_rate: float = Field(default=0.01, gt=0, description="peak of the one-cycle schedule")
-    energy_weight_per_ev2: float = Field(default=20.0, ge=0, description="1/eV²; on the squared relative total energy")
+    epochs: int = Field(
+        default=10, ge=1, description="of a member's first training: passes over the labels, of 20 structures at least"
+    )
+    warm_epochs: int = Field(default=5, ge=1, description="of later ones, which start from the last weights")
+    fresh_epochs: int = Field(default=30, ge=1, description="of the first one of weights that know nothing")
+    batch_size: int = Field(default=2, ge=1, description="structures a step")
+    learning_rate: float = Field(default=0.01, gt=0, description="of Adam, at first; it falls to zero")
+    ema_decay: float = Field(default=0.9, ge=0, lt=1, description="of the average of weights that is kept, a step")
+    energy_weight: float = Field(default=1.0, ge=0, description="atom²/eV²; on the squared relative energy an atom")
     force_weight: float = Field(default=1.0, ge=0, description="Å²/eV²; on the mean squared force component")
-    clip_norm: float = Field(default=10.0, gt=0, description="largest norm of the gradient")
     first_labels: int | None = Field(
         default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
     )
@@ -303,7 +307,7 @@ class ModelSettings(Section):
     )
     options: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight_per_ev2, ...; "
+        description="how members are fine-tuned: epochs, warm_epochs, learning_rate, energy_weight, ...; "
         "head of the foundation model; what a strategy needs: lora_rank, frozen_layers, replay_file, ...",
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:0")

@@ -305,13 +305,13 @@ def make_prior(settings: ModelSettings, numbers: Sequence[int], seed: int) -> Pr
         name = f"untrained MACE (seed {seed}) on an elastic network of the end states, which has seen no reference data"
         return Prior(model=build_model(numbers, seed).to(device), untrained=True, name=name)
     from alcore.mace.pretraining import prior_line
-    from alcore.mace.strategies import one_headed
+    from alcore.mace.reshaping import for_elements, one_headed
 
     found = open_foundation(settings.foundation, device=device, trust=model_trust(settings.foundation_sha256))
     check_elements(found.model, numbers)
     head = settings.training().head
     name = f"foundation model {found.file}, sha256 {found.sha256[:16]}" + (f", head {head}" if head else "")
-    model = one_headed(found.model, head, "model.options.head")
+    model = for_elements(one_headed(found.model, head, "model.options.head"), numbers)
     return Prior(model=model, untrained=False, name=", ".join(filter(None, (name, prior_line(found.model)))))
 
 

@@ -1,12 +1,14 @@
-"""Many geometries of the same atoms as one batch of graphs, in the form MACE's ``forward`` takes."""
+"""Structures as batches of graphs, in the form MACE's ``forward`` takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from alcore.mace.models import model_elements
 from alcore.neighbours import neighbours
 from alcore.types import FloatArray, Structure
 
@@ -59,3 +61,32 @@ def batch_graph(
     }
     graph["positions"].requires_grad_(True)
     return graph
+
+
+def graph_of(model: Any, structure: Structure) -> dict[str, torch.Tensor]:
+    """One structure as ``model`` takes it, in the model's precision and on its device."""
+    like = next(iter(model.parameters()))
+    return batch_graph(
+        structure,
+        structure.positions[None],
+        elements=model_elements(model),
+        r_max_ang=float(model.r_max),
+        dtype=like.dtype,
+        device=like.device,
+    )
+
+
+def merge_graphs(graphs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of single structures that may differ in composition and size; the positions take gradients."""
+    offsets = np.cumsum([0, *(len(g["positions"]) for g in graphs)])
+    merged = {
+        name: torch.cat([g[name].detach() for g in graphs])
+        for name in ("positions", "node_attrs", "shifts", "unit_shifts", "cell", "head")
+    }
+    merged["edge_index"] = torch.cat(
+        [g["edge_index"] + int(start) for g, start in zip(graphs, offsets, strict=False)], dim=1
+    )
+    merged["batch"] = torch.cat([g["batch"] + k for k, g in enumerate(graphs)])
+    merged["ptr"] = torch.as_tensor(offsets, device=merged["batch"].device)
+    merged["positions"].requires_grad_(True)
+    return merged

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from alcore.chemical_space import pairs
 from alcore.errors import InputError, TrainingError
 from alcore.identity import json_sha256
+from alcore.mace.graphs import graph_of, merge_graphs
 from alcore.mace.models import (
     Architecture,
     build_model,
@@ -34,7 +35,6 @@ from alcore.mace.models import (
     trainable_copy,
     weights_sha256,
 )
-from alcore.mace.training import graph_of, merge_graphs
 from alcore.neighbours import neighbours
 from alcore.teaching import Lessons, Limits, Teacher, atom_counts, atomic_energies, sound_labels, teach
 from alcore.types import FloatArray, Label, Structure

@@ -7,35 +7,24 @@ its labels (compared with the last good model too) a model is asked for a short 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ase import units
-from ase.data import chemical_symbols, covalent_radii
 
-from alcore.dataset import composition_groups
+from alcore.dataset import centred, composition_groups
+from alcore.mace.contacts import Approach, Evaluate, ways_from
 from alcore.mace.fitting import looseness_of
-from alcore.mace.surrogate import MAX_BATCH_ATOMS, MaceSurrogate
-from alcore.mace.training import graph_of, merge_graphs
+from alcore.mace.surrogate import MaceSurrogate
+from alcore.mace.training import predictions
 from alcore.neb import Guards, closest_contact
-from alcore.neighbours import neighbours
 from alcore.types import Dataset, FloatArray, IntArray, Label, Structure, frozen_array
 
-Evaluate = Callable[[Structure, FloatArray], tuple[FloatArray, FloatArray]]
-"""As ``alcore.protocols.Potential.evaluate``."""
 MASS_U = 1.0
 """Of every atom of a run: what is visited in equilibrium does not depend on masses, and beside a hydrogen the others
 would hardly move in so few steps."""
-REACH_ANG = 5.0
-"""Farthest pair that is brought together: about the cutoff, so that the model sees both atoms all along."""
-BONDED, PRESSED, NO_BOND = 1.3, 0.85, 0.7
-"""Sums of covalent radii. Atoms nearer than the first are bonded already: what they gain by relaxing (EMT: 0.8 eV
-around an atom squeezed in) they have gained before the second. Others may form a bond, but none is shorter than the
-third (N2: 0.77)."""
-MAX_TRIES = 50
-"""Pairs of the same elements that are looked at for one whose way is clear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +49,6 @@ class SanitySpec:
             0.1 meV was seen for a slab of metal, 1 to 5 for EMT under large forces; more as atoms fell into a hole.
         max_displacement_ang: of any atom in a run, as in a relaxation's guards; a free one goes 0.3 Å along an axis.
         min_distance_fraction: of the sum of covalent radii, between any two atoms of a run, likewise.
-        closest_fraction: to which two atoms are brought: well inside the last, at which every relaxation stops.
-        wall_ev: above the start; what lies behind so much is out of reach, and may do as it likes.
-        n_points: of an approach.
         max_fall_ev: by which the energy may fall once two atoms are closer than any bond, from the start or from what
             it had risen to: EMT lies above the start there, models with holes of 0.9 to 4.8 eV were seen.
     """
@@ -81,9 +67,6 @@ class SanitySpec:
     max_drift_ev_per_atom: float = 0.005
     max_displacement_ang: float = Guards().max_displacement_ang
     min_distance_fraction: float = Guards().min_distance_fraction
-    closest_fraction: float = 0.45
-    wall_ev: float = 10.0
-    n_points: int = 14
     max_fall_ev: float = 0.5
 
 
@@ -110,50 +93,38 @@ def faults(
     labels = dataset.labels
     if not labels:
         return []
-    found = _predicted(model, labels)
+    found = predictions(model, labels)
     beneath = _beneath(found, labels, backdrop)
-    broken = [not (np.isfinite(e) and np.isfinite(f).all()) for e, f in (*found, *beneath)]
+    broken = [
+        not (np.isfinite(e) and np.isfinite(f).all()) for part in (found, beneath) for e, f in zip(*part, strict=True)
+    ]
     if any(broken):
         return [f"energies or forces of {sum(broken)} of {len(labels)} labels are not finite"]
-    whole = [_with(label, *part) for label, part in zip(labels, beneath, strict=True)]
+    whole = [_with(label, *part) for label, *part in zip(labels, *beneath, strict=True)]
     errors = _Errors.of(labels, found, whole)
     starts = calm_labels(whole)
     follow = backdrop or MaceSurrogate(prior=model).evaluate
     lines = [*label_faults(errors, spec), *contact_faults(follow, starts, spec, _instead(follow, model, before))]
     if before is not None:
-        lines += regression_faults(errors, _Errors.of(labels, _predicted(before, labels), whole), spec)
+        lines += regression_faults(errors, _Errors.of(labels, predictions(before, labels), whole), spec)
     runs = [run_fault(follow, start.structure, spec, rng) for start in starts[: spec.max_runs]]
     return [*lines, *(line for line in runs if line)]
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 
-Predicted = list[tuple[float, FloatArray]]
-"""Energy in eV and forces ``(n_atoms, 3)`` in eV/Å of each label."""
-
-
-def _predicted(model: Any, labels: Sequence[Label]) -> Predicted:
-    """What the bare model says, many labels at once."""
-    found: Predicted = []
-    chunk = max(1, MAX_BATCH_ATOMS // max(len(label.structure) for label in labels))
-    for start in range(0, len(labels), chunk):
-        structures = [label.structure for label in labels[start : start + chunk]]
-        out = model(merge_graphs([graph_of(model, s) for s in structures]), training=False, compute_force=True)
-        energies, forces = (out[name].detach().cpu().numpy().astype(float) for name in ("energy", "forces"))
-        parts = np.split(forces, np.cumsum([len(s) for s in structures])[:-1])
-        found += [(float(energy), force) for energy, force in zip(energies, parts, strict=True)]
-    return found
+Predicted = tuple[FloatArray, list[FloatArray]]
+"""As ``training.predictions``."""
 
 
 def _beneath(bare: Predicted, labels: Sequence[Label], backdrop: Evaluate | None) -> Predicted:
     """What lies under the model, which says ``bare``, at each label."""
-    if backdrop is None:
-        return [(0.0, np.zeros(label.structure.positions.shape)) for label in labels]
-    found = []
-    for label, (less, lesser) in zip(labels, bare, strict=True):
-        energy, force = backdrop(label.structure, label.structure.positions[None])
-        found.append((float(energy[0]) - less, force[0] - lesser))
-    return found
+    energies, forces = np.zeros_like(bare[0]), [np.zeros_like(less) for less in bare[1]]
+    if backdrop is not None:
+        for k, label in enumerate(labels):
+            energy, force = backdrop(label.structure, label.structure.positions[None])
+            energies[k], forces[k] = energy[0] - bare[0][k], force[0] - bare[1][k]
+    return energies, forces
 
 
 def _with(label: Label, energy_ev: float, forces: FloatArray) -> Label:
@@ -198,8 +169,8 @@ class _Errors:
     def of(cls, labels: Sequence[Label], found: Predicted, whole: Sequence[Label]) -> _Errors:
         """Of what was ``found`` for ``labels``; ``whole`` are the labels with what lies under the model."""
         return cls(
-            energies_ev=np.array([(x.energy_ev or 0.0) - e for x, (e, _) in zip(labels, found, strict=True)]),
-            mean_square=np.array([_mean_square(x.forces, f) for x, (_, f) in zip(labels, found, strict=True)]),
+            energies_ev=np.array([label.energy_ev for label in labels], dtype=float) - found[0],
+            mean_square=np.array([_mean_square(x.forces, f) for x, f in zip(labels, found[1], strict=True)]),
             true_ev=np.array([x.energy_ev or 0.0 for x in whole]),
             true_mean_square=np.array([_mean_square(x.forces, 0.0) for x in whole]),
             weights=np.array([looseness_of(x) ** -2.0 for x in whole]),
@@ -228,14 +199,11 @@ class _Errors:
 
     def _spread(self, values: FloatArray) -> float:
         """Root mean square around the composition's mean; 0 where each label is the only one of its composition."""
-        square = weight = 0.0
-        for group in np.unique(self.groups):
-            mine = self.groups == group
-            if mine.sum() > 1:
-                mean = np.average(values[mine], weights=self.weights[mine])
-                square += float((self.weights[mine] * (values[mine] - mean) ** 2).sum())
-                weight += float(self.weights[mine].sum())
-        return float(np.sqrt(square / weight)) if weight else 0.0
+        compared = np.bincount(self.groups)[self.groups] > 1
+        if not compared.any():
+            return 0.0
+        square = centred(values, self.groups, self.weights)[compared] ** 2
+        return float(np.sqrt(np.average(square, weights=self.weights[compared])))
 
 
 def _mean_square(forces: FloatArray | None, found: FloatArray | float) -> float:
@@ -338,80 +306,24 @@ def _place_fault(start: Structure, positions: FloatArray, nearest: float, spec: 
 # --- close contacts -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Approach:
-    """One atom on its way to another.
-
-    Attributes:
-        name: of the two elements.
-        template: the atoms.
-        positions: Å, ``(n_points, n_atoms, 3)``, the first as they were.
-        distance_ang: of the two, falling, ``(n_points,)``.
-        bond_ang: sum of their covalent radii.
-    """
-
-    name: str
-    template: Structure
-    positions: FloatArray
-    distance_ang: FloatArray
-    bond_ang: float
-
-
 def contact_faults(
     evaluate: Evaluate, starts: Sequence[Label], spec: SanitySpec, before: Evaluate | None = None
 ) -> list[str]:
     """Pairs of elements that attract each other where they must not; what ``before`` does as well is no reason to go
     back to it."""
-    ways: dict[str, Approach] = {}
-    for start in starts:
-        for way in approaches(start.structure, spec):
-            ways.setdefault(way.name, way)
     lines = []
-    for way in ways.values():
+    for way in ways_from([start.structure for start in starts]):
         why = _approach_fault(way, evaluate, spec)
         if why and not (before and _approach_fault(way, before, spec)):
             lines.append(f"{way.name} contact: {why}")
     return lines
 
 
-def approaches(structure: Structure, spec: SanitySpec) -> list[Approach]:
-    """For every two elements the closest two atoms of theirs of which one may move to the other with no third in the
-    way: distances from the present one to ``spec.closest_fraction``, by equal factors."""
-    radii, numbers = covalent_radii[structure.numbers], structure.numbers
-    i, j, vector, distance = neighbours("ijDd", structure, structure.positions, REACH_ANG)
-    loose = structure.fixed.sum(axis=1) < 3
-    usable = (i != j) & loose[i] & (distance > spec.closest_fraction * (radii[i] + radii[j]))
-    kinds: dict[tuple[int, int], list[int]] = {}
-    for k in sorted(np.flatnonzero(usable).tolist(), key=lambda k: float(distance[k])):
-        kinds.setdefault((min(numbers[i[k]], numbers[j[k]]), max(numbers[i[k]], numbers[j[k]])), []).append(k)
-    found = []
-    for kind, places in kinds.items():
-        for k in places[:MAX_TRIES]:
-            bond = float(radii[i[k]] + radii[j[k]])
-            lengths = np.geomspace(distance[k], spec.closest_fraction * bond, spec.n_points)
-            steps = (1.0 - lengths / distance[k])[:, None] * vector[k]
-            third = (i == i[k]) & (j != i[k]) & (np.arange(len(i)) != k)  # its own copies move with it
-            gaps = np.linalg.norm(vector[third] - steps[:, None], axis=2) / (radii[i[k]] + radii[j[third]])
-            if gaps.size and gaps.min() < spec.min_distance_fraction:
-                continue
-            positions = np.repeat(structure.positions[None], spec.n_points, axis=0)
-            positions[:, i[k]] += steps
-            name = "-".join(chemical_symbols[z] for z in kind)
-            found.append(
-                Approach(name=name, template=structure, positions=positions, distance_ang=lengths, bond_ang=bond)
-            )
-            break
-    return found
-
-
 def _approach_fault(way: Approach, evaluate: Evaluate, spec: SanitySpec) -> str:
     energies = evaluate(way.template, way.positions)[0]
     if not np.isfinite(energies).all():
         return "energies are not finite"
-    wall = np.flatnonzero(energies > energies[0] + spec.wall_ev)
-    reached = np.arange(len(energies)) <= (wall[0] if len(wall) else len(energies))
-    within = PRESSED if way.distance_ang[0] < BONDED * way.bond_ang else NO_BOND
-    pressed = reached & (way.distance_ang < within * way.bond_ang)
+    pressed = np.isin(np.arange(len(energies)), way.pressed(energies))
     highest = np.where(pressed, energies, energies[0])
     fall = np.where(pressed, np.maximum.accumulate(highest) - energies, -np.inf)
     if fall.max() > spec.max_fall_ev:

@@ -9,16 +9,15 @@ comes out has one head and exactly the tensors of what went in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from alcore.errors import ModelError, TrainingError
-from alcore.mace.models import CONSTRUCTION, freeze, model_elements, trainable_copy
+from alcore.errors import TrainingError
+from alcore.mace.models import freeze, trainable_copy
+from alcore.mace.reshaping import in_precision_of, one_headed, with_heads
 
 Learning = Literal["naive", "scratch", "multihead", "lora", "frozen"]
 Part = Literal["embedding", "interactions", "products", "readouts"]
@@ -99,7 +98,7 @@ def _adapted(model: Any, spec: StrategySpec, seed: int) -> Learner:
     from mace.modules.lora import inject_lora, merge_lora_weights
 
     twin = trainable_copy(model)
-    with _building(model), torch.random.fork_rng(devices=[]):
+    with in_precision_of(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_lora(twin, rank=spec.lora_rank, alpha=spec.lora_alpha)
     return Learner(
@@ -126,68 +125,13 @@ def _partly_frozen(model: Any, spec: StrategySpec) -> Learner:
 
 def _two_headed(model: Any) -> Learner:
     """The same energies from two heads; that of the labels alone is left when it has learned."""
-    from e3nn import o3
-    from mace.tools.finetuning_utils import load_foundations_elements
-    from mace.tools.scripts_utils import extract_config_mace_model, remove_pt_head
-    from mace.tools.utils import AtomicNumberTable
-
-    config = extract_config_mace_model(model)
-    if "error" in config:
-        raise TrainingError(f"strategy multihead cannot take this model: {config['error']}")
-    for name in ("atomic_inter_scale", "atomic_inter_shift"):
-        config[name] = np.repeat(np.atleast_1d(config[name]), 2)
-    config["atomic_energies"] = np.repeat(np.atleast_2d(config["atomic_energies"]), 2, axis=0)
-    config["heads"] = [LABELS, REPLAY]
-    dtype = next(model.parameters()).dtype
-    with _building(model):
-        twin = load_foundations_elements(
-            type(model)(**config),
-            model,
-            AtomicNumberTable(model_elements(model)),
-            load_readout=True,
-            max_L=o3.Irreps(str(model.products[0].linear.irreps_out)).lmax,
-            default_dtype=dtype,
-        )
-    twin = trainable_copy(twin.to(next(model.parameters()).device))
+    twin = trainable_copy(with_heads(model, (LABELS, REPLAY)))
 
     def finished(trained: Any) -> Any:
-        with _building(model):
-            single = remove_pt_head(trained, LABELS).to(next(model.parameters()).device)
+        single = one_headed(trained, LABELS, "model")
         own, like = single.atomic_energies_fn, model.atomic_energies_fn.atomic_energies
         own.atomic_energies = own.atomic_energies.reshape(like.shape)
         single.heads = list(model.heads)
-        return freeze(single)
+        return single
 
     return Learner(model=twin, head=0, replay_head=1, finished=finished)
-
-
-@contextmanager
-def _building(model: Any) -> Iterator[None]:
-    """mace-torch makes modules in torch's default precision."""
-    before = torch.get_default_dtype()
-    with CONSTRUCTION:
-        torch.set_default_dtype(next(model.parameters()).dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
-def one_headed(model: Any, head: str | None, where: str) -> Any:
-    """``model`` with the head of that name alone; the model itself if it has no other.
-
-    Raises:
-        ModelError: there are several and none is named, or none of that name.
-    """
-    from mace.tools.scripts_utils import remove_pt_head
-
-    heads = list(getattr(model, "heads", None) or ["Default"])
-    known = ", ".join(heads)
-    if head is not None and head not in heads:
-        raise ModelError(f"the foundation model has no head '{head}'", where=where, mend=f"choose among {known}")
-    if len(heads) == 1:
-        return model
-    if head is None:
-        raise ModelError(f"the foundation model has {len(heads)} heads", where=where, mend=f"choose among {known}")
-    with _building(model):
-        return freeze(remove_pt_head(model, head).to(next(model.parameters()).device))

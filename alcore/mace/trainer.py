@@ -10,11 +10,12 @@ import numpy as np
 
 from alcore.errors import ModelError, TrainingError
 from alcore.identity import keys_sha256
+from alcore.mace.contacts import anchors
 from alcore.mace.fitting import DEFAULT, CorrectionName, make_surrogate, with_correction, without_network
 from alcore.mace.models import build_model, weights_sha256, weights_to_bytes, with_weights
 from alcore.mace.network import make_networks
 from alcore.mace.replay import pseudo_labels
-from alcore.mace.sanity import SanitySpec, faults
+from alcore.mace.sanity import SanitySpec, calm_labels, faults
 from alcore.mace.strategies import Learning, StrategySpec
 from alcore.mace.surrogate import Lead, MaceSurrogate
 from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
@@ -160,14 +161,18 @@ class MaceTrainer:
         weights = np.maximum(weights / weights.mean(), 1 / 3)
         learned = without_network(surrogate, dataset)
         replay, source = self._replayed(learned)
+        train = self.spec.train
         member = fine_tune(
             model,
             learned,
-            self.spec.train,
+            train,
             weights=weights,
-            warm=warm,
+            epochs=train.warm_epochs if warm else train.fresh_epochs if self._fresh else train.epochs,
             strategy=replace(self.spec.learn, learning=self._learning),
             replay=replay,
+            anchors=anchors(
+                [label.structure for label in calm_labels(learned.labels)], MaceSurrogate(prior=self.prior).evaluate
+            ),
             seed=self.spec.seed + 1000 * (k + 1) + generation,
         )
         before = surrogate.members[k] if warm else None if self._fresh else self.prior

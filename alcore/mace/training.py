@@ -1,26 +1,41 @@
-"""Fine-tuning one MACE on a handful of labels, in process: full batch, Adam (amsgrad), one-cycle learning rate.
+"""Fine-tuning one MACE on a handful of labels, in process: small batches, and the mean of the last weights.
 
-Energies are learned relative to each composition's mean, so the reference code's absolute energies never matter.
+Energies are learned relative to each composition's mean, so the reference code's absolute energies never matter. Adam
+(amsgrad) as in mace-torch, with a learning rate that falls to zero (cosine), on gradients of one length; what is kept
+is the exponential moving average of the weights (Polyak and Juditsky, SIAM J. Control Optim. 30, 838 (1992)). Steps off
+two structures each are ten times as many as steps off twenty, at one cost (``tests/benchmarks/training_speed.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from alcore.dataset import composition_groups
+from alcore.dataset import centred, composition_groups
 from alcore.errors import TrainingError
-from alcore.mace.graphs import batch_graph
-from alcore.mace.models import model_elements
+from alcore.mace.contacts import Anchor
+from alcore.mace.graphs import graph_of, merge_graphs
 from alcore.mace.strategies import Learner, StrategySpec, learner
-from alcore.types import Dataset, FloatArray, Label, Structure
+from alcore.mace.surrogate import MAX_BATCH_ATOMS
+from alcore.types import Dataset, FloatArray, IntArray, Label
 
 REFERENCES = {"reference_energies": "none fitted: energies are learned relative to the mean of their composition"}
 """What a training tells about E0s, which are those of the starting model, whatever code the labels come from."""
+EPOCH_DRAWS = 20
+"""Structures of an epoch, at least: fewer labels are passed over several times."""
+GRADIENT_NORM = 0.01
+"""To which longer gradients are cut, which is nearly all: the first steps do not outweigh the last in Adam's memory."""
+ANCHOR_SHARE, ANCHOR_WEIGHT = 0.25, 0.1
+"""Draws of anchors beside one of the labels, and what a repulsion that is wholly lacking weighs, Å²/eV². With ten times
+less of either some holes remain; with more, errors on labels grow."""
+STRONG_EV_PER_ANG = 1.0
+"""Forces above which what lacks of a repulsion counts relative to them: a deep hole must not drown the labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +43,26 @@ class TrainSpec:
     """How a member is fine-tuned.
 
     Attributes:
-        epochs: of the first training; ``warm_epochs`` of later ones, which start from the last weights.
-        learning_rate: peak of the one-cycle schedule; 0.01 learned in 100 epochs what 0.001 did not in 500.
-        energy_weight_per_ev2: on the squared total energy relative to its composition's mean.
+        epochs: of the first training; ``warm_epochs`` of later ones, which start from the last weights;
+            ``fresh_epochs`` of the first one of weights that know nothing. An epoch is a pass over the labels, of
+            at least ``EPOCH_DRAWS`` structures.
+        batch_size: structures a step.
+        learning_rate: of Adam, at first.
+        ema_decay: of the average of weights, a step.
+        energy_weight: on the squared energy an atom relative to its composition's mean, atom²/eV². Forces say more:
+            where energies weigh 30 times as much, errors of both are larger.
         force_weight: on the mean squared force component, Å²/eV².
-        clip_norm: of the gradient.
         first_labels: how many there must be before anything is trained; None leaves it to the strategy.
     """
 
-    epochs: int = 150
-    warm_epochs: int = 40
+    epochs: int = 10
+    warm_epochs: int = 5
+    fresh_epochs: int = 30
+    batch_size: int = 2
     learning_rate: float = 0.01
-    energy_weight_per_ev2: float = 20.0
+    ema_decay: float = 0.9
+    energy_weight: float = 1.0
     force_weight: float = 1.0
-    clip_norm: float = 10.0
     first_labels: int | None = None
 
 
@@ -54,7 +75,7 @@ class TrainedMember:
         energy_rmse_ev: of energies relative to their composition's mean.
         force_rmse_ev_per_ang: over all components.
         epochs: how many were run.
-        learning_rate: the peak that was used.
+        learning_rate: that was used.
         name: which member it is.
         generation: that it was trained in.
         began_from: sha256 of the weights it started from, or the seed of fresh ones.
@@ -74,24 +95,16 @@ class TrainedMember:
     faults: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Batch:
-    graph: dict[str, torch.Tensor]
-    energies: torch.Tensor
-    forces: torch.Tensor
-    groups: torch.Tensor
-    n_labels: int
-
-
 def fine_tune(
     model: Any,
     dataset: Dataset,
     spec: TrainSpec,
     *,
     weights: FloatArray,
-    warm: bool,
+    epochs: int | None = None,
     strategy: StrategySpec | None = None,
     replay: Sequence[Label] = (),
+    anchors: Sequence[Anchor] = (),
     seed: int = 0,
 ) -> TrainedMember:
     """A fine-tuned, frozen copy of ``model``.
@@ -99,127 +112,183 @@ def fine_tune(
     Args:
         model: where to start.
         dataset: labels to learn.
-        spec: how long and how hard.
-        weights: of each label in the loss, ``(n_labels,)``; what makes members differ (Bayesian bootstrap, Rubin 1981).
-        warm: True if ``model`` was trained on most of these labels before.
+        spec: how.
+        weights: how often each label is drawn, relative to the others, ``(n_labels,)``; what makes members differ
+            (Bayesian bootstrap, Rubin 1981).
+        epochs: how long; ``spec.epochs`` where None.
         strategy: which weights learn; all where None.
         replay: what a second head is held to (``multihead``).
-        seed: of adapters (``lora``).
+        anchors: repulsion that is kept where no labels are.
+        seed: of the draws, and of adapters (``lora``).
 
     Raises:
-        TrainingError: the loss was never finite, or what would be done is not what was asked for.
+        TrainingError: labels are not finite, or what would be done is not what was asked for.
     """
     how = strategy or StrategySpec()
     if (how.learning == "multihead") != bool(replay):
         raise TrainingError(
             f"strategy {how.learning} with {len(replay)} structures to replay: that is another strategy"
         )
-    made = learner(model, how, seed)
-    twin, batch = made.model, _merge(model, made, dataset.labels, replay)
-    scale = batch.energies.new_tensor(weights)
-    epochs = spec.warm_epochs if warm else spec.epochs
-    trainable = [weight for weight in twin.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(trainable, lr=spec.learning_rate, amsgrad=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=spec.learning_rate, total_steps=epochs + 1)
-    best, best_state = float("inf"), None
-    done = -1
-    while done < epochs:
-        done += 1
-        optimizer.zero_grad()
-        energy_error, force_error = _errors(twin, batch, training=True)
-        each = spec.energy_weight_per_ev2 * energy_error**2 + spec.force_weight * _mean_square(force_error, batch)
-        loss = (scale * each[: batch.n_labels]).mean()
-        if replay:
-            loss = loss + how.replay_weight * each[batch.n_labels :].mean()
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            break  # what was best until here is judged like any other
-        if value < best:
-            best, best_state = value, {k: v.detach().clone() for k, v in twin.state_dict().items()}
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, spec.clip_norm)
-        optimizer.step()
-        schedule.step()
-    if best_state is None:
-        raise TrainingError("the training loss is not finite: look at the labels' energies and forces")
-    twin.load_state_dict(best_state)
-    trained = made.finished(twin)
-    alone = _merge(trained, Learner(model=trained), dataset.labels, ())
-    energy_error, force_error = _errors(trained, alone, training=False)
+    made, rng = learner(model, how, seed), np.random.default_rng(seed)
+    lessons = _Lessons.of(made, (dataset.labels, replay), anchors, weights, how.replay_weight)
+    done = _learn(made.model, lessons, spec, spec.epochs if epochs is None else epochs, rng)
+    trained = made.finished(made.model)
+    energies, forces = predictions(trained, dataset.labels)
+    true = [(np.array(x.energy_ev, dtype=float), np.array(x.forces)) for x in dataset.labels]
+    energy_errors = centred(energies - np.array([e for e, _ in true]), composition_groups(dataset.labels))
+    force_errors = np.concatenate([found - f for found, (_, f) in zip(forces, true, strict=True)])
     told = {**made.told, "learning_rate": spec.learning_rate, "epochs": done, "n_replay": len(replay), **REFERENCES}
     return TrainedMember(
         model=trained,
-        energy_rmse_ev=float(energy_error.detach().square().mean().sqrt()),
-        force_rmse_ev_per_ang=float(force_error.detach().square().mean().sqrt()),
+        energy_rmse_ev=float(np.sqrt(np.mean(energy_errors**2))),
+        force_rmse_ev_per_ang=float(np.sqrt(np.mean(force_errors**2))),
         epochs=done,
         learning_rate=spec.learning_rate,
         told=told,
     )
 
 
-def _errors(model: Any, batch: _Batch, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energy errors relative to their composition's mean ``(n_labels,)`` and force errors ``(n_nodes, 3)``."""
-    out = model(batch.graph, training=training, compute_force=True)
-    error = out["energy"] - batch.energies
-    counts = torch.bincount(batch.groups).to(error.dtype)
-    means = torch.zeros_like(counts).index_add(0, batch.groups, error) / counts
-    return error - means[batch.groups], out["forces"] - batch.forces
+def predictions(model: Any, labels: Sequence[Label]) -> tuple[FloatArray, list[FloatArray]]:
+    """Energies in eV ``(n_labels,)`` and the forces ``(n_atoms, 3)`` in eV/Å of each label, as the bare model says."""
+    energies, forces = [], []
+    chunk = max(1, MAX_BATCH_ATOMS // max(len(label.structure) for label in labels))
+    for start in range(0, len(labels), chunk):
+        structures = [label.structure for label in labels[start : start + chunk]]
+        out = model(merge_graphs([graph_of(model, s) for s in structures]), training=False, compute_force=True)
+        some, theirs = (out[name].detach().cpu().numpy().astype(float) for name in ("energy", "forces"))
+        energies.append(some)
+        forces += np.split(theirs, np.cumsum([len(s) for s in structures])[:-1])
+    return np.concatenate(energies), forces
 
 
-def _mean_square(force_error: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """Mean squared force component of each label, ``(n_labels,)``."""
-    per_atom = force_error.square().mean(dim=1)
-    total = torch.zeros_like(batch.energies).index_add(0, batch.graph["batch"], per_atom)
-    return total / torch.diff(batch.graph["ptr"]).to(total.dtype)
+# --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def _merge(model: Any, made: Learner, labels: Sequence[Label], replay: Sequence[Label]) -> _Batch:
-    """One batch of all labels and then of all to be replayed, which may differ in composition and size. Energies of the
-    two are never compared: each head has a mean of its own."""
-    like = next(iter(model.parameters()))
-    groups = composition_groups(labels)
-    energies = [np.array([label.energy_ev for label in part], dtype=float) for part in (labels, replay)]
-    shifted = [part - part.mean() for part in energies if len(part)]  # differences survive in float32 as well
-    graph = merge_graphs([graph_of(model, label.structure) for label in (*labels, *replay)])
-    if replay:
-        assert made.replay_head is not None
-        groups = np.concatenate([groups, composition_groups(replay) + groups.max() + 1])
-        graph["head"] = graph["head"].new_tensor([made.head] * len(labels) + [made.replay_head] * len(replay))
-    return _Batch(
-        graph=graph,
-        energies=like.new_tensor(np.concatenate(shifted)),
-        forces=like.new_tensor(
-            np.concatenate([label.forces for label in (*labels, *replay) if label.forces is not None])
-        ),
-        groups=torch.as_tensor(groups, device=like.device),
-        n_labels=len(labels),
-    )
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Lessons:
+    """All labels, then all that is replayed, then all anchors. They may differ in composition and size.
+
+    Attributes:
+        graphs: of each, with its head.
+        energies_ev: ``(n,)``, relative to the mean of its part: differences survive in float32 as well.
+        forces: eV/Å, of each.
+        counts: 0 for anchors, of which energies and forces are not known, ``(n,)``.
+        away: of anchors, zero for all others.
+        repulsion: eV/Å, of anchors, ``(n,)``.
+        groups: composition and part of each, ``(n,)``: energies of two groups are never compared.
+        draws: how often each is drawn when the labels are once, ``(n,)``.
+        n_labels: of the first part.
+    """
+
+    graphs: list[dict[str, torch.Tensor]]
+    energies_ev: torch.Tensor
+    forces: list[torch.Tensor]
+    counts: torch.Tensor
+    away: list[torch.Tensor]
+    repulsion: torch.Tensor
+    groups: IntArray
+    draws: FloatArray
+    n_labels: int
+
+    @classmethod
+    def of(
+        cls,
+        made: Learner,
+        labels: tuple[Sequence[Label], Sequence[Label]],
+        anchors: Sequence[Anchor],
+        weights: FloatArray,
+        replay_weight: float,
+    ) -> _Lessons:
+        """Raises:
+        TrainingError: an energy or a force is not finite.
+        """
+        known = [label for part in labels for label in part]
+        sizes = (len(labels[0]), len(labels[1]), len(anchors))
+        part = np.repeat([0, 1, 2], sizes)
+        n_known = len(known)
+        energies = np.array([label.energy_ev for label in known], dtype=float)
+        forces = [np.array(label.forces) for label in known]
+        if not (np.isfinite(energies).all() and all(np.isfinite(f).all() for f in forces)):
+            raise TrainingError("an energy or a force to be learned is not finite: look at the labels")
+        structures = [label.structure for label in known] + [anchor.structure for anchor in anchors]
+        graphs = [graph_of(made.model, structure) for structure in structures]
+        for graph in graphs[sizes[0] : n_known]:
+            assert made.replay_head is not None
+            graph["head"] = torch.full_like(graph["head"], made.replay_head)
+        shares = (weights / weights.sum(), _equal(sizes[1], replay_weight), _equal(sizes[2], ANCHOR_SHARE))
+        like = next(iter(made.model.parameters()))
+        aside = [np.zeros_like(anchor.away) for anchor in anchors]
+        return cls(
+            graphs=graphs,
+            energies_ev=like.new_tensor(np.append(centred(energies, part[:n_known]), np.zeros(len(anchors)))),
+            forces=[like.new_tensor(f) for f in (*forces, *aside)],
+            counts=like.new_tensor(part < 2),
+            away=[like.new_tensor(u) for u in (*(np.zeros_like(f) for f in forces), *(a.away for a in anchors))],
+            repulsion=like.new_tensor([0.0] * n_known + [anchor.repulsion_ev_per_ang for anchor in anchors]),
+            groups=np.append(composition_groups(known) + part[:n_known] * n_known, np.full(len(anchors), 2 * n_known)),
+            draws=sizes[0] * np.concatenate(shares),
+            n_labels=sizes[0],
+        )
+
+    def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[IntArray]:
+        """Batches in which each occurs as often as it is to be drawn: systematic resampling (Kitagawa, J. Comput.
+        Graph. Stat. 5, 1 (1996)), several times over if there are few."""
+        edges = np.floor(np.cumsum(self._times * self.draws) + rng.random()).astype(int)
+        order = rng.permutation(np.repeat(np.arange(len(self.draws)), np.diff(edges, prepend=0)))
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+    def steps(self, batch_size: int) -> int:
+        """Of an epoch; one more or less is drawn."""
+        return math.ceil(float(self._times * self.draws.sum()) / batch_size)
+
+    @property
+    def _times(self) -> int:
+        return math.ceil(EPOCH_DRAWS / self.n_labels)
 
 
-def graph_of(model: Any, structure: Structure) -> dict[str, torch.Tensor]:
-    """One structure as ``model`` takes it, in the model's precision and on its device."""
-    like = next(iter(model.parameters()))
-    return batch_graph(
-        structure,
-        structure.positions[None],
-        elements=model_elements(model),
-        r_max_ang=float(model.r_max),
-        dtype=like.dtype,
-        device=like.device,
-    )
+def _equal(n: int, total: float) -> FloatArray:
+    return np.full(n, total / max(n, 1))
 
 
-def merge_graphs(graphs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One batch of single structures that may differ in composition and size; the positions take gradients."""
-    offsets = np.cumsum([0, *(len(g["positions"]) for g in graphs)])
-    merged = {
-        name: torch.cat([g[name].detach() for g in graphs])
-        for name in ("positions", "node_attrs", "shifts", "unit_shifts", "cell", "head")
-    }
-    merged["edge_index"] = torch.cat(
-        [g["edge_index"] + int(start) for g, start in zip(graphs, offsets, strict=False)], dim=1
-    )
-    merged["batch"] = torch.cat([g["batch"] + k for k, g in enumerate(graphs)])
-    merged["ptr"] = torch.as_tensor(offsets, device=merged["batch"].device)
-    merged["positions"].requires_grad_(True)
-    return merged
+def _learn(model: Any, lessons: _Lessons, spec: TrainSpec, epochs: int, rng: np.random.Generator) -> int:
+    """Trains ``model`` in place; returns how many epochs were ended. If it explodes it gets back its first weights."""
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    first = [weight.detach().clone() for weight in trainable]
+    optimizer = torch.optim.Adam(trainable, lr=spec.learning_rate, amsgrad=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * lessons.steps(spec.batch_size))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
+    errors_ev = np.full(len(lessons.graphs), np.nan)  # when last seen; their mean is the zero of a composition
+    for epoch in range(epochs):
+        for batch in lessons.epoch(spec.batch_size, rng):
+            optimizer.zero_grad()
+            _loss(model, lessons, batch, errors_ev, spec).backward()
+            if not bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(trainable, GRADIENT_NORM))):
+                with torch.no_grad():
+                    for weight, before in zip(trainable, first, strict=True):
+                        weight.copy_(before)
+                return epoch
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(model)
+    model.load_state_dict(average.module.state_dict())
+    return epochs
+
+
+def _loss(model: Any, lessons: _Lessons, batch: IntArray, errors_ev: FloatArray, spec: TrainSpec) -> torch.Tensor:
+    """Mean over the batch, whose energy errors are entered in ``errors_ev``."""
+    graph = merge_graphs([lessons.graphs[k] for k in batch])
+    out = model(graph, training=True, compute_force=True)
+    which = torch.as_tensor(batch, device=graph["batch"].device)
+    energy_error = out["energy"] - lessons.energies_ev[which]
+    errors_ev[batch] = energy_error.detach().cpu().numpy()
+    zeros = [np.nanmean(errors_ev[lessons.groups == lessons.groups[k]]) for k in batch]
+    per_atom = (out["forces"] - torch.cat([lessons.forces[k] for k in batch])).square().mean(dim=1)
+    along = (out["forces"] * torch.cat([lessons.away[k] for k in batch])).sum(dim=1)
+    summed, repelled = (torch.zeros_like(energy_error).index_add(0, graph["batch"], each) for each in (per_atom, along))
+    n_atoms = torch.diff(graph["ptr"]).to(summed.dtype)
+    energy_part = ((energy_error - energy_error.new_tensor(zeros)) / n_atoms) ** 2
+    wanted = lessons.repulsion[which]
+    largest = torch.maximum(wanted.abs(), repelled.detach().abs()).clamp(min=STRONG_EV_PER_ANG)
+    known = spec.energy_weight * energy_part + spec.force_weight * summed / n_atoms
+    return (lessons.counts[which] * known + ANCHOR_WEIGHT * (torch.relu(wanted - repelled) / largest) ** 2).mean()

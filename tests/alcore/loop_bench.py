@@ -34,7 +34,7 @@ class Bench:
     def shop(
         self, on_generation: Callable[[GenerationRecord, Mapping[str, Label]], None] = lambda record, labels: None
     ) -> Workshop:
-        spec = ModelSpec(seed=0, committee=2, train=TrainSpec(epochs=8, warm_epochs=4), features_per_element=48)
+        spec = ModelSpec(seed=0, committee=2, train=TrainSpec(fresh_epochs=2, warm_epochs=1), features_per_element=48)
         trainer = MaceTrainer(
             self.model, spec, untrained=True, save_model=self.store.save_model, load_model=self.store.load_model
         )

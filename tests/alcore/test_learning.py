@@ -103,7 +103,7 @@ def test_there_must_be_something_to_judge_by(emt: Potential, copper: list[Label]
 def test_what_was_learned_shows_on_unseen_labels(copper: list[Label]) -> None:
     start = build_model([29], 0)
     seen, unseen = Dataset(labels=tuple(copper[:6])), copper[12:]
-    learned = fine_tune(start, seen, TrainSpec(epochs=40), weights=np.ones(6), warm=False).model
+    learned = fine_tune(start, seen, TrainSpec(epochs=40), weights=np.ones(6)).model
     before, after = (judge(MaceSurrogate(prior=model), unseen) for model in (start, learned))
     assert after.force_rmse_ev_per_ang < LEARNED_SHARE * before.force_rmse_ev_per_ang
     assert after.energy_rmse_ev_per_atom < LEARNED_SHARE * before.energy_rmse_ev_per_atom

@@ -82,7 +82,7 @@ class Place:
     def run(self, dies_at: int | None = None, *, after: bool = False) -> LoopState:
         """A new process: nothing but the store is left of the one before."""
         store: Any = MortalStore(self.store, dies_at, after)
-        spec = ModelSpec(seed=0, committee=2, train=TrainSpec(epochs=6, warm_epochs=3), features_per_element=48)
+        spec = ModelSpec(seed=0, committee=2, train=TrainSpec(fresh_epochs=2, warm_epochs=1), features_per_element=48)
         trainer = CountingTrainer(
             self.trained, self.model, spec, untrained=True, save_model=store.save_model, load_model=store.load_model
         )

@@ -6,13 +6,14 @@ The prior is what ``al-loop pretrain config/pretrain_cr_sb_te.yaml`` makes: it h
 gap between layers nor any path. Reference is CHGNet, the teacher of ``config/cr_sb2te3.yaml``: its dynamics (Langevin,
 outer layers fixed as in the file) give the labels, and its own climbing band the barrier. Labels are kept in
 ``--cache`` and finished rows in ``--out`` (``rows.jsonl``), so that a second call only does what is left; ``--sets``
-and ``--curve`` choose a part. Trainings are in float32, everything else in float64. One seed each: small differences
-mean nothing.
+and ``--curve`` choose a part. Trainings are in float32, everything else in float64, and as a run trains. ``--seeds``
+repeats every training; the labels stay the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -34,10 +35,11 @@ from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from alcore.dataset import read_labels
 from alcore.endpoints import make_pair, read_band, relax_end_state
 from alcore.learning import judge, nested_subsets
+from alcore.mace.contacts import anchors
 from alcore.mace.models import Architecture, build_model, freeze, load_foundation, model_elements, trainable_copy
 from alcore.mace.pretraining import prior_line
 from alcore.mace.replay import pseudo_labels
-from alcore.mace.sanity import SanitySpec, faults
+from alcore.mace.sanity import SanitySpec, calm_labels, faults
 from alcore.mace.strategies import Learning, StrategySpec
 from alcore.mace.surrogate import MaceSurrogate
 from alcore.mace.training import TrainedMember, TrainSpec, fine_tune
@@ -75,19 +77,17 @@ class Setting:
     Attributes:
         frames: labels of a training set.
         test_frames: of each test set.
-        epochs: of a training, full batch.
         n_replay: structures that ``multihead`` replays: the prior's own answers around the labels.
         max_steps: of a band.
-        learning_rate: peak, of every strategy.
-        seed: of everything random.
+        train: how every strategy learns.
+        seed: of the labels.
     """
 
     frames: int
     test_frames: int
-    epochs: int
     n_replay: int
     max_steps: int
-    learning_rate: float
+    train: TrainSpec
     seed: int = 0
 
 
@@ -209,22 +209,24 @@ def fresh_model(prior: Any, seed: int) -> Any:
     return build_model(model_elements(prior), seed, Architecture(**told), torch.float32)
 
 
-def train(case: Case, strategy: str, dataset: Dataset, setting: Setting) -> TrainedMember:
+def train(case: Case, strategy: str, dataset: Dataset, setting: Setting, seed: int) -> TrainedMember:
     """A model in float64 that has learned ``dataset``."""
     prior = freeze(trainable_copy(case.prior).to(torch.float32))
     replay: list[Label] = []
     if strategy == "multihead":
         around = [label.structure for label in dataset.labels]
         replay = pseudo_labels(case.prior, around, setting.n_replay, np.random.default_rng([setting.seed, 2]))
+    fresh = strategy == "scratch"
     member = fine_tune(
-        fresh_model(case.prior, setting.seed) if strategy == "scratch" else prior,
+        fresh_model(case.prior, seed) if fresh else prior,
         dataset,
-        TrainSpec(epochs=setting.epochs, learning_rate=setting.learning_rate),
+        setting.train,
         weights=np.ones(len(dataset)),
-        warm=False,
+        epochs=setting.train.fresh_epochs if fresh else setting.train.epochs,
         strategy=StrategySpec(learning=cast(Learning, strategy)),
         replay=replay,
-        seed=setting.seed,
+        anchors=anchors([x.structure for x in calm_labels(dataset.labels)], MaceSurrogate(prior=case.prior).evaluate),
+        seed=seed,
     )
     return replace(member, model=freeze(member.model.to(torch.float64)))
 
@@ -251,17 +253,17 @@ def migrate(case: Case, model: Any) -> Row:
     }
 
 
-def measure(case: Case, strategy: str, name: str, dataset: Dataset, setting: Setting) -> Row:
+def measure(case: Case, strategy: str, name: str, dataset: Dataset, setting: Setting, seed: int) -> Row:
     """A row: what was done, errors on every test set, faults, barrier."""
-    row: Row = {"strategy": strategy, "set": name, "labels": 0, "seconds": 0.0, "faults": [], "told": {}}
+    row: Row = {"strategy": strategy, "set": name, "seed": seed, "labels": 0, "seconds": 0.0, "told": {}}
     model = case.prior
     if strategy != "zero-shot":
-        began = time.perf_counter()
-        member = train(case, strategy, dataset, setting)
+        began = time.process_time()
+        member = train(case, strategy, dataset, setting, seed)
         model = member.model
-        row |= {"labels": len(dataset), "seconds": time.perf_counter() - began, "told": dict(member.told)}
+        row |= {"labels": len(dataset), "seconds": time.process_time() - began, "told": dict(member.told)}
         row |= {"own_energy_rmse_ev": member.energy_rmse_ev, "own_force_rmse_ev_per_ang": member.force_rmse_ev_per_ang}
-        row["faults"] = faults(model, dataset, SanitySpec(), rng=np.random.default_rng([setting.seed, 3]))
+    row["faults"] = faults(model, dataset, SanitySpec(), rng=np.random.default_rng([setting.seed, 3]))
     potential = MaceSurrogate(prior=model)
     row["errors"] = {test: asdict(judge(potential, labels)) for test, labels in case.tests.items()}
     return row | migrate(case, model)
@@ -284,11 +286,11 @@ def plan(case: Case, given: argparse.Namespace) -> list[tuple[str, str, Dataset]
     return todo
 
 
-def read_rows(file: Path, setting: Setting) -> dict[tuple[str, str, int], Row]:
+def read_rows(file: Path, setting: Setting) -> dict[tuple[str, str, int, int], Row]:
     """Finished rows of this setting."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = [row for row in map(json.loads, lines) if row["setting"] == asdict(setting)]
-    return {(row["strategy"], row["set"], row["labels"]): row for row in rows}
+    return {(row["strategy"], row["set"], row["labels"], row["seed"]): row for row in rows}
 
 
 def what_was_kept(row: Row) -> str:
@@ -302,34 +304,48 @@ def what_was_kept(row: Row) -> str:
     return f"rank {told['lora_rank']} adapters" if "lora_rank" in told else "nothing"
 
 
+def grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in their seed only, in order of appearance."""
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["set"], row["strategy"], row["labels"]), []).append(row)
+    return list(groups.values())
+
+
 def markdown(rows: Sequence[Row]) -> str:
+    """Means over seeds, and the barrier error of each: in brackets that of a band that did not converge."""
     tests = " | ".join(f"{test}: meV/Å, meV/atom" for test in TESTS)
     lines = [
-        f"| trained on | labels | strategy | s | trainable | kept | {tests} | faults | barrier eV | error meV | band |",
-        "|---" * (10 + len(TESTS)) + "|",
+        f"| trained on | labels | strategy | CPU s | trainable | kept | {tests} | with faults | barrier error meV |",
+        "|---" * (8 + len(TESTS)) + "|",
     ]
-    for row in rows:
+    for group in grouped(rows):
+        row = group[0]
         errors = " | ".join(
-            f"{1000 * e['force_rmse_ev_per_ang']:.0f}, {1000 * e['energy_rmse_ev_per_atom']:.1f}"
-            for e in (row["errors"][test] for test in TESTS)
+            f"{mean_error(group, test, 'force_rmse_ev_per_ang'):.0f}, "
+            f"{mean_error(group, test, 'energy_rmse_ev_per_atom'):.1f}"
+            for test in TESTS
         )
-        barrier = f"{row['barrier_ev']:.3f} | {row['barrier_error_mev']:+.0f}"
-        if row["band"] != "converged":  # of the last sound band
-            barrier = "({}) | ({})".format(*barrier.split(" | "))
-        band = f"{row['band']}, {row['band_steps']} steps"
-        if set(row["ends"]) != {"converged"}:
-            band += "; ends " + " and ".join(row["ends"])
+        barriers = ", ".join(
+            f"{r['barrier_error_mev']:+.0f}" if r["band"] == "converged" else f"({r['barrier_error_mev']:+.0f})"
+            for r in group
+        )
         lines.append(
-            f"| {row['set']} | {row['labels']} | {row['strategy']} | {row['seconds']:.0f} "
-            f"| {row['told'].get('n_trainable', 0)} | {what_was_kept(row)} | {errors} | {len(row['faults'])} "
-            f"| {barrier} | {band} |"
+            f"| {row['set']} | {row['labels']} | {row['strategy']} | {np.mean([r['seconds'] for r in group]):.0f} "
+            f"| {row['told'].get('n_trainable', 0)} | {what_was_kept(row)} | {errors} "
+            f"| {sum(bool(r['faults']) for r in group)} of {len(group)} | {barriers} |"
         )
     return "\n".join(lines)
 
 
+def mean_error(group: Sequence[Row], test: str, name: str) -> float:
+    """In meV (per Å, per atom)."""
+    return 1000 * float(np.mean([row["errors"][test][name] for row in group]))
+
+
 @style.styled
 def draw(rows: Sequence[Row]) -> Figure:
-    """Errors over the number of labels of the 600 K set; open symbols: the band did not converge."""
+    """Errors over the number of labels of the 600 K set, each seed a point; open: the band did not converge."""
     figure = style.new_figure(9.5, 3.2)
     panels: list[tuple[str, Callable[[Row], float]]] = [
         ("force error at 600 K (meV/Å)", lambda row: 1000 * row["errors"]["600 K"]["force_rmse_ev_per_ang"]),
@@ -338,17 +354,17 @@ def draw(rows: Sequence[Row]) -> Figure:
     ]
     for k, (axes, (title, value)) in enumerate(zip(figure.subplots(1, len(panels)), panels, strict=True)):
         for colour, strategy in zip(style.CYCLE, CURVES, strict=False):
-            mine = sorted(
-                (row for row in rows if row["strategy"] == strategy and row["set"] == "600 K"),
-                key=lambda r: r["labels"],
-            )
-            axes.plot([r["labels"] for r in mine], [value(r) for r in mine], color=colour, label=strategy)
+            mine = [row for row in rows if row["strategy"] == strategy and row["set"] == "600 K"]
+            groups = sorted(grouped(mine), key=lambda group: group[0]["labels"])
+            means = [np.mean([value(row) for row in group]) for group in groups]
+            axes.plot([group[0]["labels"] for group in groups], means, color=colour, label=strategy)
             for row in mine:
                 face = colour if row["band"] == "converged" else "white"
-                axes.plot(row["labels"], value(row), "o", color=colour, markerfacecolor=face)
+                axes.plot(row["labels"], value(row), "o", color=colour, markerfacecolor=face, markersize=4)
         for row in (row for row in rows if row["strategy"] == "zero-shot"):
             axes.axhline(value(row), color=style.GREY, linestyle="--", linewidth=1, label="zero-shot")
         axes.set(xlabel="labels", ylabel=title, xscale="log", yscale="log")
+        style.plain_log(axes)
         style.panel(axes, "abc"[k])
     axes.legend()
     return figure
@@ -361,10 +377,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "al-loop-paradigms" / "labels")
     parser.add_argument("--frames", type=int, default=16, help="labels of a training set")
     parser.add_argument("--test-frames", type=int, default=12, help="labels of each test set")
-    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--replay", type=int, default=16, help="structures that multihead replays")
     parser.add_argument("--max-steps", type=int, default=300, help="of a band")
-    parser.add_argument("--learning-rate", type=float, default=TrainSpec().learning_rate)
+    parser.add_argument("--seeds", default="0,1,2", help="of the trainings")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="that learn the whole sets")
     parser.add_argument("--sets", default="600 K;300, 600, 1200 K", help="training sets, with ; between them")
     parser.add_argument("--curve", default=",".join(CURVES), help="strategies of the learning curve")
@@ -380,19 +395,22 @@ def main() -> None:
     setting = Setting(
         frames=given.frames,
         test_frames=given.test_frames,
-        epochs=given.epochs,
         n_replay=given.replay,
         max_steps=given.max_steps,
-        learning_rate=given.learning_rate,
+        train=TrainSpec(),
     )
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "rows.jsonl"
     case = prepare(given.prior, given.cache, setting)
     print(prior_line(case.prior), f"\n{setting}", flush=True)
-    for strategy, name, dataset in plan(case, given):
-        if (strategy, name, 0 if strategy == "zero-shot" else len(dataset)) in read_rows(file, setting):
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    for seed, (strategy, name, dataset) in itertools.product(seeds, plan(case, given)):
+        zero_shot = strategy == "zero-shot"
+        if (zero_shot and seed != seeds[0]) or (strategy, name, len(dataset) * (not zero_shot), seed) in read_rows(
+            file, setting
+        ):
             continue
-        row = measure(case, strategy, name, dataset, setting)
+        row = measure(case, strategy, name, dataset, setting, seed)
         row |= {"setting": asdict(setting), "prior": prior_line(case.prior)}
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

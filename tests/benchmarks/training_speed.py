@@ -43,19 +43,20 @@ from ase.io import write
 from ase.optimize import BFGS
 
 from alcore.identity import label_key
+from alcore.mace.graphs import graph_of, merge_graphs
 from alcore.mace.models import open_foundation
+from alcore.mace.reshaping import for_elements
 from alcore.mace.trainer import MaceTrainer, ModelSpec
-from alcore.mace.training import TrainSpec, fine_tune, graph_of, merge_graphs
+from alcore.mace.training import TrainSpec, fine_tune
 from alcore.types import Dataset, Label, Structure
 from calculators.registry import resolve
 
 N_TRAIN, N_VALID = 20, 10
 RATTLE_ANG = 0.08
-VALIDATE_EVERY = 2
-"""Epochs of ``mace_run_train``: half of its default's cost, and still a fine clock."""
+VALIDATE_EVERY = 2  # epochs of mace_run_train: half of its default's cost, and still a fine clock
 EPOCH = re.compile(r"Epoch (\d+): .*RMSE_F=\s*([\d.]+) meV")
-DEFAULT_SETTINGS = ("estimated:5:0.01:1:100", "estimated:5:0.01:3380:1", "estimated:10:0.005:3380:1")
-"""mace-torch's weights, and the ratio that energies have to forces here: 20 · (13 atoms)²."""
+DEFAULT_SETTINGS = ("estimated:5:0.01:1:100", "estimated:2:0.01:1:100", "estimated:2:0.01:1:1")
+"""mace-torch's weights of energies and forces, twice, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,14 +325,14 @@ def is_reached(row: Row, target_ev_per_ang: float | None) -> bool:
 
 
 def first_step(args: argparse.Namespace) -> None:
-    """What a fresh process of ours needs for a training of two steps, as a line of JSON; the labels are not counted."""
+    """What a fresh process of ours needs for a training of one epoch, as a line of JSON; the labels are not counted."""
     began = Spent.now()
     train, _ = make_labels(args.system)
     not_ours = Spent.now() - began
-    prior = open_foundation(str(args.prior)).model
-    fine_tune(prior, train, TrainSpec(epochs=1), weights=np.ones(len(train)), warm=False)
+    prior = for_elements(open_foundation(str(args.prior)).model, train.labels[0].structure.numbers)
+    fine_tune(prior, train, TrainSpec(epochs=1), weights=np.ones(len(train)))
     spent = Spent.now() - not_ours
-    row = Row(what="here: process start and first two steps", wall_s=spent.wall_s, cpu_s=spent.cpu_s, epochs=1)
+    row = Row(what="here: process start and first epoch", wall_s=spent.wall_s, cpu_s=spent.cpu_s, epochs=1)
     print(json.dumps(asdict(row)))
 
 
@@ -342,7 +343,7 @@ def ours(args: argparse.Namespace, train: Dataset, valid: Dataset, imports: Spen
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         yield Row(**{**json.loads(said.splitlines()[-1]), "repeat": repeat})
     began = Spent.now()
-    prior = open_foundation(str(args.prior)).model
+    prior = for_elements(open_foundation(str(args.prior)).model, train.labels[0].structure.numbers)
     load = Spent.now() - began
     n, largest = args.members, max(args.members, *args.committees)
     (cold,) = train_committee(prior, train, valid, 1, "here, cold")

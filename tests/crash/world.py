@@ -48,7 +48,7 @@ def run_settings(label_s: float) -> dict[str, Any]:
             "path": str(HERE),
         },
         "executor": {"kind": "local", "workers": 2, "max_running": 2, "timeout_s": 600},
-        "model": {"committee": 2, "options": {"epochs": 20, "warm_epochs": 10, "first_labels": 4, **SHORT}},
+        "model": {"committee": 2, "options": {"fresh_epochs": 2, "warm_epochs": 1, "first_labels": 4, **SHORT}},
         "neb": {"n_images": 5},
         "select": {"labels_per_generation": 2},
         "stop": {

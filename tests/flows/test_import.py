@@ -337,7 +337,11 @@ def test_a_run_is_gone_on_with_in_another_database(
     strategy: str, hop: Any, home: Path, other_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"travels-{strategy}"
-    model = {"strategy": strategy, "committee": 2, "options": {"epochs": 2, "warm_epochs": 2, **SHORT}}
+    model = {
+        "strategy": strategy,
+        "committee": 2,
+        "options": {"epochs": 1, "fresh_epochs": 1, "warm_epochs": 1, **SHORT},
+    }
     n_first, n_then = (7, 9) if strategy == "naive" else (3, 4)  # the committee is trained on 6 labels, and again on 8
     file = hop.run_file(name, model=model, stop={"max_labels": n_first, "barrier_tolerance_ev": 1e-9})
     more = ["--no-server", "--set", f"stop.max_labels={n_then}"]

@@ -62,7 +62,7 @@ class Runs:
             "paths": [{key: str(STRUCTURES / f"{key}.extxyz") for key in ("initial", "final")}],
             "calculator": {"name": "emt"},
             "executor": {"workers": workers, "max_running": 2, "timeout_s": 120},
-            "model": {"committee": 2, "options": {"epochs": 8, "warm_epochs": 4, "first_labels": 6, **SHORT}},
+            "model": {"committee": 2, "options": {"fresh_epochs": 2, "warm_epochs": 1, "first_labels": 6, **SHORT}},
             "neb": {"n_images": 3},
             "select": {"labels_per_generation": 2},
             "stop": {"max_generations": 4, "barrier_tolerance_ev": 0.0001, "saddle_fmax_ev_per_ang": 0.02},

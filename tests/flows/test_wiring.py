@@ -123,10 +123,13 @@ def test_a_foundation_model_is_named_with_its_content(tmp_path: Path) -> None:
     file = tmp_path / "mine.model"
     model = build_model([29, 79], seed=0)
     torch.save(model, file)
-    prior = wiring.make_prior(ModelSettings(foundation=str(file)), [29], seed=7)
+    prior = wiring.make_prior(ModelSettings(foundation=str(file)), [29, 79], seed=7)
     assert not prior.untrained
     assert prior.name == f"foundation model mine.model, sha256 {sha256_hex(file.read_bytes())[:16]}"
     assert weights_sha256(prior.model) == weights_sha256(model)
+    fewer = wiring.make_prior(ModelSettings(foundation=str(file)), [29], seed=7)
+    assert model_elements(fewer.model) == [29], "what is not there is not carried along"
+    assert fewer.name == prior.name
     with pytest.raises(ModelError, match="does not know O, Na"):
         wiring.make_prior(ModelSettings(foundation=str(file)), [8, 11, 29], seed=7)
 

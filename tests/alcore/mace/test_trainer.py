@@ -22,7 +22,7 @@ from alcore.plain import to_plain
 from alcore.types import Dataset, EndpointPair, FloatArray, GenerationRecord, Label, Residual, Structure
 from storage.memory import MemoryStore
 
-TRAIN = TrainSpec(epochs=4, warm_epochs=2)
+TRAIN = TrainSpec(epochs=2, warm_epochs=1, fresh_epochs=2)
 LENIENT = SanitySpec(energy_rmse_ev=1e3, force_rmse_ev_per_ang=1e3, regression_factor=1e3, max_drift_ev_per_atom=1e3)
 """Such short trainings would be given up."""
 LABELS = FIRST_TRAINING
@@ -164,7 +164,7 @@ def test_members_differ_and_are_kept(trained: MaceSurrogate, store: MemoryStore,
     assert weights_sha256(untrained_model) not in hashes
     assert len(trained.describe()["members"]) == 2
     assert all(store.load_model(key) for key in trained.describe()["members"])
-    assert trained.describe()["train"]["epochs"] == TRAIN.epochs
+    assert trained.describe()["train"]["epochs"] == TRAIN.fresh_epochs
     assert trained.describe()["train"]["learning_rate"] == TRAIN.learning_rate
 
 

@@ -31,7 +31,7 @@ def dataset(au_pair: EndpointPair, label_of: Callable[..., Label]) -> Dataset:
 
 @pytest.fixture(scope="module")
 def trained(dataset: Dataset, untrained_model: Any) -> TrainedMember:
-    return fine_tune(untrained_model, dataset, SPEC, weights=np.ones(4), warm=False)
+    return fine_tune(untrained_model, dataset, SPEC, weights=np.ones(4))
 
 
 def _relative_errors(model: Any, dataset: Dataset) -> Any:
@@ -63,7 +63,7 @@ def test_what_is_reported_is_what_was_done(trained: TrainedMember, untrained_mod
 
 
 def test_warm_training_starts_where_the_last_ended(trained: TrainedMember, dataset: Dataset) -> None:
-    again = fine_tune(trained.model, dataset, SPEC, weights=np.ones(4), warm=True)
+    again = fine_tune(trained.model, dataset, SPEC, weights=np.ones(4), epochs=SPEC.warm_epochs)
     assert again.epochs == SPEC.warm_epochs
     assert again.energy_rmse_ev < WARM_EV
     assert again.energy_rmse_ev < trained.energy_rmse_ev
@@ -90,7 +90,7 @@ def test_absolute_energies_and_other_compositions_do_not_matter(dataset: Dataset
         labels=(*dataset.labels[:2], *(replace(x, energy_ev=(x.energy_ev or 0.0) + 500.0) for x in others))
     )
     spec = TrainSpec(epochs=3)
-    plain, moved = (fine_tune(untrained_model, d, spec, weights=np.ones(4), warm=False) for d in (mixed, shifted))
+    plain, moved = (fine_tune(untrained_model, d, spec, weights=np.ones(4)) for d in (mixed, shifted))
     assert moved.energy_rmse_ev == pytest.approx(plain.energy_rmse_ev, rel=1e-6)
     assert moved.force_rmse_ev_per_ang == pytest.approx(plain.force_rmse_ev_per_ang, rel=1e-6)
 
@@ -109,13 +109,12 @@ def test_labels_that_are_not_finite_stop_the_training(what: str, dataset: Datase
             Dataset(labels=(broken, *dataset.labels[1:])),
             TrainSpec(epochs=2),
             weights=np.ones(4),
-            warm=False,
         )
 
 
 def test_a_training_that_runs_away_ends_with_the_best_it_had(dataset: Dataset, untrained_model: Any) -> None:
     spec = TrainSpec(epochs=20, learning_rate=1e30)
-    member = fine_tune(untrained_model, dataset, spec, weights=np.ones(4), warm=False)
+    member = fine_tune(untrained_model, dataset, spec, weights=np.ones(4))
     assert member.epochs < spec.epochs
     assert np.isfinite(member.energy_rmse_ev)
     assert member.told["epochs"] == member.epochs
