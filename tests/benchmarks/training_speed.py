@@ -308,7 +308,7 @@ def run_mace(
                     force_rmse_ev_per_ang=float(found[2]) / 1e3,
                 )
                 rows.append(row)
-                if is_reached(row, target_ev_per_ang):
+                if target_ev_per_ang and (row.force_rmse_ev_per_ang or np.inf) <= target_ev_per_ang:
                     break
         if not rows:
             raise RuntimeError(f"mace_run_train did not train: {(folder / 'stderr.txt').read_text()[-2000:]}")
@@ -317,11 +317,6 @@ def run_mace(
             whole = replace(rows[-1], force_rmse_ev_per_ang=force, energy_rmse_mev_per_atom=energy)
             rows.append(replace(whole, wall_s=spent.wall_s, cpu_s=spent.cpu_s))
     return rows
-
-
-def is_reached(row: Row, target_ev_per_ang: float | None) -> bool:
-    """Whether its force error is at most that."""
-    return target_ev_per_ang is not None and (row.force_rmse_ev_per_ang or np.inf) <= target_ev_per_ang
 
 
 def first_step(args: argparse.Namespace) -> None:
@@ -353,8 +348,8 @@ def ours(args: argparse.Namespace, train: Dataset, valid: Dataset, imports: Spen
         yield from (replace(row, repeat=repeat) for row in warm)
         if not repeat:
             whole = together([cold, *warm[1:n]], f"here: committee of {n}, fresh process, start included")
-            wall_s, cpu_s = whole.wall_s + imports.wall_s + load.wall_s, whole.cpu_s + imports.cpu_s + load.cpu_s
-            yield replace(whole, wall_s=wall_s, cpu_s=cpu_s)
+            before = (imports.wall_s + load.wall_s, imports.cpu_s + load.cpu_s)
+            yield replace(whole, wall_s=whole.wall_s + before[0], cpu_s=whole.cpu_s + before[1])
         for size in sorted({n, *args.committees}):  # the first members are what a smaller one would be
             yield together(warm[:size], f"here: committee of {size}, warm", repeat)
 
@@ -372,7 +367,8 @@ def theirs(args: argparse.Namespace, data: Sequence[Dataset], target_ev_per_ang:
             rows = run_mace(mace_command(args, how, seed, args.max_epochs), data, name, target_ev_per_ang)
             yield from (replace(row, what=f"{name}, on the way", repeat=seed) for row in rows)
             best = min(rows, key=lambda row: row.force_rmse_ev_per_ang or np.inf)
-            missed = "" if is_reached(best, target_ev_per_ang) else f", NEVER in {rows[-1].epochs} epochs: its best"
+            reached = (best.force_rmse_ev_per_ang or np.inf) <= target_ev_per_ang
+            missed = "" if reached else f", NEVER in {rows[-1].epochs} epochs: its best"
             yield replace(best, what=f"{name}: to the target{missed}", repeat=seed)
             *_, whole = run_mace(mace_command(args, how, seed, best.epochs or 1), data, name)
             yield replace(whole, what=f"{name}: whole process{missed}", repeat=seed)

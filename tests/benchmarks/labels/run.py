@@ -88,10 +88,11 @@ def code_sha256(prior: str = "") -> str:
 def load_prior(file: str, numbers: Sequence[int], seed: int) -> tuple[Any, bool, str]:
     """The starting model, whether it is untrained, and what it is in words."""
     from alcore.mace.models import build_model, load_foundation
+    from alcore.mace.reshaping import for_elements
 
     if not file:
         return build_model(numbers, seed), True, f"none: an untrained MACE (seed {seed})"
-    model = load_foundation(file)
+    model = for_elements(load_foundation(file), numbers)
     size = sum(parameter.numel() for parameter in model.parameters())
     elements = len(model.atomic_numbers)
     return model, False, f"{Path(file).name}: {size} parameters, {elements} elements, cutoff {float(model.r_max):g} Å"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alcore.mace.training import TrainSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -36,6 +38,9 @@ VARIANTS: dict[str, Variant] = {
         )
         for strategy in ("scratch", "naive", "multihead", "lora", "frozen")
     },
+    "train-early": Variant(
+        about="as the default, fine-tuned from 4 labels on", model={"train": TrainSpec(first_labels=4)}
+    ),
     "correction-none": Variant(about="committee alone", model={"correction": "none"}),
     "correction-blr": Variant(about="linear on node features", model={"correction": "blr"}),
     "correction-gp": Variant(about="a Gaussian process over the places of the atoms", model={"correction": "gp"}),
