@@ -88,11 +88,10 @@ def code_sha256(prior: str = "") -> str:
 def load_prior(file: str, numbers: Sequence[int], seed: int) -> tuple[Any, bool, str]:
     """The starting model, whether it is untrained, and what it is in words."""
     from alcore.mace.models import build_model, load_foundation
-    from alcore.mace.reshaping import for_elements
 
     if not file:
         return build_model(numbers, seed), True, f"none: an untrained MACE (seed {seed})"
-    model = for_elements(load_foundation(file), numbers)
+    model = load_foundation(file)
     size = sum(parameter.numel() for parameter in model.parameters())
     elements = len(model.atomic_numbers)
     return model, False, f"{Path(file).name}: {size} parameters, {elements} elements, cutoff {float(model.r_max):g} Å"
@@ -120,13 +119,16 @@ def run_task(task: Task) -> dict[str, Any]:
 def _run(task: Task) -> dict[str, Any]:
     import torch
 
+    from alcore.mace.reshaping import for_elements
     from alcore.mace.trainer import MaceTrainer, ModelSpec
 
     torch.set_num_threads(1)
     case, variant = CASES[task.case], VARIANTS[task.variant]
     truths = baselines.truths(case, Path(task.cache))
     pairs = pairs_of(case, Path(task.cache), truths)
-    prior, untrained, described = load_prior(task.prior, pairs[0].initial.numbers.tolist(), task.seed)
+    numbers = pairs[0].initial.numbers.tolist()
+    prior, untrained, described = load_prior(task.prior, numbers, task.seed)
+    prior = for_elements(prior, numbers)
     store = MemoryStore()
     lines: list[str] = []
     trainer = MaceTrainer(
