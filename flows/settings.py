@@ -258,6 +258,10 @@ class TrainingOptions(Section):
     first_labels: int | None = Field(
         default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
     )
+    e0s: dict[str, float] | None = Field(
+        default=None,
+        description="eV, by symbol; the reference calculator's energies of isolated atoms; null: fitted to the labels",
+    )
     sane_energy_ev: float = Field(
         default=0.03, gt=0, description="eV; a member that reproduces its labels' relative energies worse is given up"
     )

@@ -350,6 +350,7 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
     from alcore.mace.training import TrainSpec
 
     model, options = settings.model, settings.model.training()
+    check_e0s(options.e0s, prior.model)
     spec = ModelSpec(
         strategy=model.strategy,
         committee=model.committee,
@@ -375,6 +376,23 @@ def make_trainer(settings: RunSettings, prior: Prior, store: RecordStore) -> Mac
         load_model=store.load_model,
         replay=read_replay(settings, prior.model),
     )
+
+
+def check_e0s(e0s: Mapping[str, float] | None, model: Any) -> None:
+    """Raises:
+    InputError: not all elements of the run have one.
+    """
+    from ase.data import chemical_symbols
+
+    from alcore.mace.models import model_elements
+
+    missing = [name for name in (chemical_symbols[z] for z in model_elements(model)) if name not in (e0s or {name: 0})]
+    if missing:
+        raise InputError(
+            f"no energy of an isolated atom of {', '.join(missing)}",
+            where="model.options.e0s",
+            mend="give it, or remove e0s: they are fitted then",
+        )
 
 
 def read_replay(settings: RunSettings, model: Any) -> tuple[list[Label], str] | None:

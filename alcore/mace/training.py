@@ -1,9 +1,10 @@
 """Fine-tuning one MACE on a handful of labels, in process: small batches, and the mean of the last weights.
 
-Energies are learned relative to each composition's mean, so the reference code's absolute energies never matter. Adam
-(amsgrad) as in mace-torch, with a learning rate that falls to zero (cosine), on gradients of one length; what is kept
-is the exponential moving average of the weights (Polyak and Juditsky, SIAM J. Control Optim. 30, 838 (1992)). Steps off
-two structures each are ten times as many as steps off twenty, at one cost (``tests/benchmarks/training_speed.py``).
+Energies are learned relative to each composition's mean, so the reference code's absolute energies never matter; E0s
+are set afterwards. Adam (amsgrad) as in mace-torch, with a learning rate that falls to zero (cosine), on gradients of
+one length; what is kept is the exponential moving average of the weights (Polyak and Juditsky, SIAM J. Control Optim.
+30, 838 (1992)). Steps off two structures each are ten times as many as steps off twenty, at one cost
+(``tests/benchmarks/training_speed.py``).
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from alcore.dataset import centred, composition_groups
 from alcore.errors import TrainingError
 from alcore.mace.contacts import Anchor
 from alcore.mace.graphs import graph_of, merge_graphs
+from alcore.mace.reference_energies import align
 from alcore.mace.strategies import Learner, StrategySpec, learner
 from alcore.mace.surrogate import MAX_BATCH_ATOMS
 from alcore.types import Dataset, FloatArray, IntArray, Label
 
-REFERENCES = {"reference_energies": "none fitted: energies are learned relative to the mean of their composition"}
-"""What a training tells about E0s, which are those of the starting model, whatever code the labels come from."""
 EPOCH_DRAWS = 20
 """Structures of an epoch, at least: fewer labels are passed over several times."""
 GRADIENT_NORM = 0.01
@@ -53,6 +53,7 @@ class TrainSpec:
             where energies weigh 30 times as much, errors of both are larger.
         force_weight: on the mean squared force component, Å²/eV².
         first_labels: how many there must be before anything is trained; None leaves it to the strategy.
+        e0s: energies of isolated atoms in eV by symbol; None: fitted to the labels.
     """
 
     epochs: int = 10
@@ -64,6 +65,7 @@ class TrainSpec:
     energy_weight: float = 1.0
     force_weight: float = 1.0
     first_labels: int | None = None
+    e0s: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +81,7 @@ class TrainedMember:
         name: which member it is.
         generation: that it was trained in.
         began_from: sha256 of the weights it started from, or the seed of fresh ones.
-        told: what was really done: strategy, trainable weights, heads, replay set, reference energies.
+        told: what was really done: strategy, trainable weights, heads, replay set, E0s.
         faults: why it must not be used (``alcore.mace.sanity``); empty if it may.
     """
 
@@ -137,7 +139,8 @@ def fine_tune(
     true = [(np.array(x.energy_ev, dtype=float), np.array(x.forces)) for x in dataset.labels]
     energy_errors = centred(energies - np.array([e for e, _ in true]), composition_groups(dataset.labels))
     force_errors = np.concatenate([found - f for found, (_, f) in zip(forces, true, strict=True)])
-    told = {**made.told, "learning_rate": spec.learning_rate, "epochs": done, "n_replay": len(replay), **REFERENCES}
+    told = {**made.told, "learning_rate": spec.learning_rate, "epochs": done, "n_replay": len(replay)}
+    told |= align(trained, dataset.labels, energies, spec.e0s)
     return TrainedMember(
         model=trained,
         energy_rmse_ev=float(np.sqrt(np.mean(energy_errors**2))),

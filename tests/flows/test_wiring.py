@@ -229,3 +229,11 @@ def test_labels_of_all_runs_share_a_machine_or_a_queue(
     monkeypatch.setattr(environment, "cores", lambda: 8)
     pool = "queue-slurm" if values.get("queue") else f"local-{environment.host()}"
     assert wiring.label_pool(ExecutorSettings(**values)) == (pool, limit)
+
+
+def test_every_element_of_the_run_needs_its_isolated_atom() -> None:
+    model = build_model([29, 79], seed=0)
+    wiring.check_e0s(None, model)
+    wiring.check_e0s({"Cu": -1.0, "Au": -2.0, "Pt": -3.0}, model)
+    with pytest.raises(InputError, match="no energy of an isolated atom of Au"):
+        wiring.check_e0s({"Cu": -1.0}, model)
