@@ -248,12 +248,12 @@ class TrainingOptions(Section):
     epochs: int = Field(
         default=10, ge=1, description="of a member's first training: passes over the labels, of 20 structures at least"
     )
-    warm_epochs: int = Field(default=5, ge=1, description="of later ones, which start from the last weights")
+    warm_epochs: int = Field(default=10, ge=1, description="of later ones, which start from the last weights")
     fresh_epochs: int = Field(default=30, ge=1, description="of the first one of weights that know nothing")
     batch_size: int = Field(default=2, ge=1, description="structures a step")
     learning_rate: float = Field(default=0.01, gt=0, description="of Adam, at first; it falls to zero")
     ema_decay: float = Field(default=0.9, ge=0, lt=1, description="of the average of weights that is kept, a step")
-    energy_weight: float = Field(default=1.0, ge=0, description="atom²/eV²; on the squared relative energy an atom")
+    energy_weight: float = Field(default=10.0, ge=0, description="atom²/eV²; on the squared relative energy an atom")
     force_weight: float = Field(default=1.0, ge=0, description="Å²/eV²; on the mean squared force component")
     first_labels: int | None = Field(
         default=None, ge=2, description="how many there must be before anything is trained; null: the strategy decides"
