@@ -31,9 +31,9 @@ EPOCH_DRAWS = 20
 """Structures of an epoch, at least: fewer labels are passed over several times."""
 GRADIENT_NORM = 0.01
 """To which longer gradients are cut, which is nearly all: the first steps do not outweigh the last in Adam's memory."""
-ANCHOR_SHARE, ANCHOR_WEIGHT = 0.25, 0.1
-"""Draws of anchors beside one of the labels, and what a repulsion that is wholly lacking weighs, Å²/eV². With ten times
-less of either some holes remain; with more, errors on labels grow."""
+ANCHOR_DRAWS, ANCHOR_WEIGHT = 0.25, 0.1
+"""How often an anchor is drawn in an epoch, and what a repulsion that is wholly lacking weighs, Å²/eV². With much less
+of either some holes remain; with more, errors on labels grow."""
 STRONG_EV_PER_ANG = 1.0
 """Forces above which what lacks of a repulsion counts relative to them: a deep hole must not drown the labels."""
 
@@ -179,8 +179,7 @@ class _Lessons:
         away: of anchors, zero for all others.
         repulsion: eV/Å, of anchors, ``(n,)``.
         groups: composition and part of each, ``(n,)``: energies of two groups are never compared.
-        draws: how often each is drawn when the labels are once, ``(n,)``.
-        n_labels: of the first part.
+        draws: how often each is drawn in an epoch, ``(n,)``: labels several times if there are few.
     """
 
     graphs: list[dict[str, torch.Tensor]]
@@ -191,7 +190,6 @@ class _Lessons:
     repulsion: torch.Tensor
     groups: IntArray
     draws: FloatArray
-    n_labels: int
 
     @classmethod
     def of(
@@ -218,7 +216,9 @@ class _Lessons:
         for graph in graphs[sizes[0] : n_known]:
             assert made.replay_head is not None
             graph["head"] = torch.full_like(graph["head"], made.replay_head)
-        shares = (weights / weights.sum(), _equal(sizes[1], replay_weight), _equal(sizes[2], ANCHOR_SHARE))
+        times = math.ceil(EPOCH_DRAWS / sizes[0])
+        replayed = np.full(sizes[1], replay_weight * sizes[0] / max(sizes[1], 1))
+        shares = (times * sizes[0] * weights / weights.sum(), times * replayed, np.full(sizes[2], ANCHOR_DRAWS))
         like = next(iter(made.model.parameters()))
         aside = [np.zeros_like(anchor.away) for anchor in anchors]
         return cls(
@@ -229,29 +229,20 @@ class _Lessons:
             away=[like.new_tensor(u) for u in (*(np.zeros_like(f) for f in forces), *(a.away for a in anchors))],
             repulsion=like.new_tensor([0.0] * n_known + [anchor.repulsion_ev_per_ang for anchor in anchors]),
             groups=np.append(composition_groups(known) + part[:n_known] * n_known, np.full(len(anchors), 2 * n_known)),
-            draws=sizes[0] * np.concatenate(shares),
-            n_labels=sizes[0],
+            draws=np.concatenate(shares),
         )
 
     def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[IntArray]:
         """Batches in which each occurs as often as it is to be drawn: systematic resampling (Kitagawa, J. Comput.
-        Graph. Stat. 5, 1 (1996)), several times over if there are few."""
-        edges = np.floor(np.cumsum(self._times * self.draws) + rng.random()).astype(int)
+        Graph. Stat. 5, 1 (1996))."""
+        edges = np.floor(np.cumsum(self.draws) + rng.random()).astype(int)
         order = rng.permutation(np.repeat(np.arange(len(self.draws)), np.diff(edges, prepend=0)))
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 
     def steps(self, batch_size: int) -> int:
         """Of an epoch; one more or less is drawn."""
-        return math.ceil(float(self._times * self.draws.sum()) / batch_size)
-
-    @property
-    def _times(self) -> int:
-        return math.ceil(EPOCH_DRAWS / self.n_labels)
-
-
-def _equal(n: int, total: float) -> FloatArray:
-    return np.full(n, total / max(n, 1))
+        return math.ceil(float(self.draws.sum()) / batch_size)
 
 
 def _learn(model: Any, lessons: _Lessons, spec: TrainSpec, epochs: int, rng: np.random.Generator) -> int:

@@ -90,7 +90,7 @@ def test_what_is_frozen_stays_as_it_was(lively_model: Any, dataset: Dataset) -> 
     member = _trained(lively_model, dataset, [], "frozen")
     old, new = lively_model.state_dict(), member.model.state_dict()
     moved = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
-    assert moved == {"products", "readouts"}
+    assert moved == {"products", "readouts", "atomic_energies_fn"}
     assert member.told["frozen"] == ["embedding", "interactions"]
     assert 0 < member.told["n_trainable"] < member.told["n_parameters"]
 

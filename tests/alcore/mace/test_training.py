@@ -31,7 +31,7 @@ def dataset(au_pair: EndpointPair, label_of: Callable[..., Label]) -> Dataset:
 
 @pytest.fixture(scope="module")
 def trained(dataset: Dataset, untrained_model: Any) -> TrainedMember:
-    return fine_tune(untrained_model, dataset, SPEC, weights=np.ones(4))
+    return fine_tune(untrained_model, dataset, SPEC, weights=np.ones(4), epochs=SPEC.fresh_epochs)
 
 
 def _relative_errors(model: Any, dataset: Dataset) -> Any:
@@ -51,7 +51,7 @@ def test_relative_energies_are_fitted(trained: TrainedMember, dataset: Dataset, 
 
 
 def test_what_is_reported_is_what_was_done(trained: TrainedMember, untrained_model: Any, dataset: Dataset) -> None:
-    assert trained.epochs == SPEC.epochs
+    assert trained.epochs == SPEC.fresh_epochs
     assert trained.learning_rate == SPEC.learning_rate
     assert not any(p.requires_grad for p in trained.model.parameters())
     assert weights_sha256(trained.model) != weights_sha256(untrained_model)
