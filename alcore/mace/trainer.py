@@ -30,6 +30,8 @@ GROWTH = 1.3
 """The committee is fine-tuned again when the data set has grown by this factor: total cost stays linear in labels."""
 FROM_TRAINED = ("multihead", "lora", "frozen")
 """Strategies that mean nothing over weights that know nothing."""
+ROUNDS = 3
+"""A member with faults goes on learning, so many times as long in all, before it is given up."""
 RECENT = 3
 """Residuals over which two surfaces are compared."""
 
@@ -162,23 +164,29 @@ class MaceTrainer:
         learned = without_network(surrogate, dataset)
         replay, source = self._replayed(learned)
         train = self.spec.train
-        member = fine_tune(
-            model,
-            learned,
-            train,
-            weights=weights,
-            epochs=train.warm_epochs if warm else train.fresh_epochs if self._fresh else train.epochs,
-            strategy=replace(self.spec.learn, learning=self._learning),
-            replay=replay,
-            anchors=anchors(
-                [label.structure for label in calm_labels(learned.labels)], MaceSurrogate(prior=self.prior).evaluate
-            ),
-            seed=self.spec.seed + 1000 * (k + 1) + generation,
-        )
+        epochs = train.warm_epochs if warm else train.fresh_epochs if self._fresh else train.epochs
         before = surrogate.members[k] if warm else None if self._fresh else self.prior
-        wrong = self._faults(surrogate, member.model, learned, before)
-        told = {**member.told, **({"replay": source} if source else {})}
-        return replace(member, name=name, generation=generation, began_from=began_from, told=told, faults=tuple(wrong))
+        held = anchors([x.structure for x in calm_labels(learned.labels)], MaceSurrogate(prior=self.prior).evaluate)
+        done = 0
+        for trial in range(ROUNDS):
+            member = fine_tune(
+                model,
+                learned,
+                train,
+                weights=weights,
+                epochs=epochs,
+                strategy=replace(self.spec.learn, learning=self._learning),
+                replay=replay,
+                anchors=held,
+                seed=self.spec.seed + 1000 * (k + 1) + generation + 100_000 * trial,
+            )
+            model, done = member.model, done + member.epochs
+            wrong = self._faults(surrogate, model, learned, before)
+            if not wrong:
+                break
+        told = {**member.told, "epochs": done, **({"replay": source} if source else {})}
+        member = replace(member, told=told, faults=tuple(wrong), epochs=done)
+        return replace(member, name=name, generation=generation, began_from=began_from)
 
     @property
     def _fresh(self) -> bool:
@@ -312,7 +320,7 @@ def _told(members: Sequence[TrainedMember]) -> dict[str, Any]:
     """What a training did, for the record: the same for all members, but for errors, of which the worst is told."""
     return {
         **members[0].told,
-        "epochs": members[0].epochs,
+        "epochs": max(m.epochs for m in members),
         "learning_rate": members[0].learning_rate,
         "energy_rmse_ev": max(m.energy_rmse_ev for m in members),
         "force_rmse_ev_per_ang": max(m.force_rmse_ev_per_ang for m in members),

@@ -15,7 +15,7 @@ from alcore.mace.models import weights_sha256
 from alcore.mace.sanity import SanitySpec
 from alcore.mace.strategies import Learning
 from alcore.mace.surrogate import MaceSurrogate
-from alcore.mace.trainer import FIRST_TRAINING, GROWTH, MaceTrainer, ModelSpec
+from alcore.mace.trainer import FIRST_TRAINING, GROWTH, ROUNDS, MaceTrainer, ModelSpec
 from alcore.mace.training import TrainSpec
 from alcore.neb import NebSpec, interpolate
 from alcore.plain import to_plain
@@ -166,6 +166,18 @@ def test_members_differ_and_are_kept(trained: MaceSurrogate, store: MemoryStore,
     assert all(store.load_model(key) for key in trained.describe()["members"])
     assert trained.describe()["train"]["epochs"] == TRAIN.fresh_epochs
     assert trained.describe()["train"]["learning_rate"] == TRAIN.learning_rate
+
+
+@pytest.mark.parametrize(("bad_rounds", "rounds"), [(0, 1), (1, 2), (9, ROUNDS)])
+def test_a_member_with_faults_goes_on_learning(
+    bad_rounds: int, rounds: int, untrained_model: Any, samples: list[Structure], dataset: Dataset, monkeypatch: Any
+) -> None:
+    trainer = _trainer(untrained_model, None, committee=1)
+    found = iter([["a hole"]] * bad_rounds + [[]] * ROUNDS)
+    monkeypatch.setattr(trainer, "_faults", lambda *args: next(found))
+    member = trainer.train_member("member-0", trainer.start(samples), Dataset(labels=dataset.labels[:3]), 0)
+    assert member.epochs == member.told["epochs"] == rounds * TRAIN.fresh_epochs
+    assert member.faults == (("a hole",) if bad_rounds >= ROUNDS else ())
 
 
 def test_the_prior_never_learns(trained: MaceSurrogate, trainer: MaceTrainer, samples: list[Structure]) -> None:
