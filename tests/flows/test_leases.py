@@ -22,7 +22,7 @@ from flows.leases import Held, LeaseKeeper, Waiting, is_dead, live_runs, new_own
 from flows.one_process import take_run
 from flows.session import open_record_store
 from storage.memory import MemoryStore
-from storage.mongod import stop_mongod
+from storage.mongod import mongod_status, stop_mongod
 from storage.store import MongoStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,11 +225,7 @@ def test_a_database_that_stands_still_for_longer_than_a_lease_takes_nothing_from
     monkeypatch.setenv("AL_LOOP_HOME", str(tmp_path / "data"))
     try:
         with closing(open_record_store(None)) as store, closing(open_record_store(None)) as theirs:
-            (server,) = [
-                process
-                for process in psutil.process_iter(["name", "cmdline"])
-                if process.info["name"] == "mongod" and any(str(tmp_path) in word for word in process.info["cmdline"])
-            ]
+            server = psutil.Process(mongod_status(tmp_path / "data").pid)
             stop = threading.Event()
             with closing(LeaseKeeper(store, lease_s=6)) as keeper, closing(LeaseKeeper(theirs, lease_s=6)) as rival:
                 held = keeper.take(["a"])
