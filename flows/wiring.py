@@ -386,8 +386,9 @@ def check_e0s(e0s: Mapping[str, float] | None, model: Any) -> None:
 
     from alcore.mace.models import model_elements
 
-    missing = [name for name in (chemical_symbols[z] for z in model_elements(model)) if name not in (e0s or {name: 0})]
-    if missing:
+    if e0s is None:
+        return
+    if missing := [chemical_symbols[z] for z in model_elements(model) if chemical_symbols[z] not in e0s]:
         raise InputError(
             f"no energy of an isolated atom of {', '.join(missing)}",
             where="model.options.e0s",

@@ -237,3 +237,5 @@ def test_every_element_of_the_run_needs_its_isolated_atom() -> None:
     wiring.check_e0s({"Cu": -1.0, "Au": -2.0, "Pt": -3.0}, model)
     with pytest.raises(InputError, match="no energy of an isolated atom of Au"):
         wiring.check_e0s({"Cu": -1.0}, model)
+    with pytest.raises(InputError, match="no energy of an isolated atom of Cu, Au"):
+        wiring.check_e0s({}, model)
