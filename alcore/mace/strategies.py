@@ -10,7 +10,7 @@ comes out has one head and exactly the tensors of what went in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -49,13 +49,12 @@ class Learner:
 
     Attributes:
         model: takes gradients where it may learn.
-        head, replay_head: index of the head of the labels, and of the replay set; None without one.
+        replay_head: index of the replay set's head, after that of the labels; None without one.
         finished: makes of ``model`` the frozen model of one head.
         told: what was really done, as plain values.
     """
 
     model: Any
-    head: int = 0
     replay_head: int | None = None
     finished: Callable[[Any], Any] = freeze
     told: Mapping[str, Any] = field(default_factory=dict)
@@ -85,13 +84,7 @@ def learner(model: Any, spec: StrategySpec, seed: int) -> Learner:
     if not trainable:
         raise TrainingError(f"strategy {spec.learning} leaves no weight of this model to be trained")
     counts = {"strategy": spec.learning, "n_parameters": sum(w.numel() for w in weights), "n_trainable": trainable}
-    return Learner(
-        model=made.model,
-        head=made.head,
-        replay_head=made.replay_head,
-        finished=made.finished,
-        told={**counts, "heads": list(getattr(made.model, "heads", ["Default"])), **made.told},
-    )
+    return replace(made, told={**counts, "heads": list(getattr(made.model, "heads", ["Default"])), **made.told})
 
 
 def _adapted(model: Any, spec: StrategySpec, seed: int) -> Learner:
@@ -134,4 +127,4 @@ def _two_headed(model: Any) -> Learner:
         single.heads = list(model.heads)
         return single
 
-    return Learner(model=twin, head=0, replay_head=1, finished=finished)
+    return Learner(model=twin, replay_head=1, finished=finished)

@@ -132,13 +132,13 @@ def fine_tune(
             f"strategy {how.learning} with {len(replay)} structures to replay: that is another strategy"
         )
     made, rng = learner(model, how, seed), np.random.default_rng(seed)
-    lessons = _Lessons.of(made, (dataset.labels, replay), anchors, weights, how.replay_weight)
+    lessons = _Lessons.of(made, dataset.labels, replay, anchors, weights, how.replay_weight)
     done = _learn(made.model, lessons, spec, spec.epochs if epochs is None else epochs, rng)
     trained = made.finished(made.model)
     energies, forces = predictions(trained, dataset.labels)
-    true = [(np.array(x.energy_ev, dtype=float), np.array(x.forces)) for x in dataset.labels]
-    energy_errors = centred(energies - np.array([e for e, _ in true]), composition_groups(dataset.labels))
-    force_errors = np.concatenate([found - f for found, (_, f) in zip(forces, true, strict=True)])
+    true = np.array([label.energy_ev for label in dataset.labels], dtype=float)
+    energy_errors = centred(energies - true, composition_groups(dataset.labels))
+    force_errors = np.concatenate([f - np.array(x.forces) for f, x in zip(forces, dataset.labels, strict=True)])
     told = {**made.told, "learning_rate": spec.learning_rate, "epochs": done, "n_replay": len(replay)}
     told |= align(trained, dataset.labels, energies, spec.e0s)
     return TrainedMember(
@@ -195,7 +195,8 @@ class _Lessons:
     def of(
         cls,
         made: Learner,
-        labels: tuple[Sequence[Label], Sequence[Label]],
+        labels: Sequence[Label],
+        replay: Sequence[Label],
         anchors: Sequence[Anchor],
         weights: FloatArray,
         replay_weight: float,
@@ -203,8 +204,8 @@ class _Lessons:
         """Raises:
         TrainingError: an energy or a force is not finite.
         """
-        known = [label for part in labels for label in part]
-        sizes = (len(labels[0]), len(labels[1]), len(anchors))
+        known = [*labels, *replay]
+        sizes = (len(labels), len(replay), len(anchors))
         part = np.repeat([0, 1, 2], sizes)
         n_known = len(known)
         energies = np.array([label.energy_ev for label in known], dtype=float)

@@ -82,6 +82,10 @@ class Row:
     force_rmse_ev_per_ang: float | None = None
     energy_rmse_mev_per_atom: float | None = None
 
+    def reaches(self, target: float | None) -> bool:
+        """Whether its force error is at most that, eV/Å."""
+        return target is not None and (self.force_rmse_ev_per_ang or np.inf) <= target
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -308,7 +312,7 @@ def run_mace(
                     force_rmse_ev_per_ang=float(found[2]) / 1e3,
                 )
                 rows.append(row)
-                if target_ev_per_ang and (row.force_rmse_ev_per_ang or np.inf) <= target_ev_per_ang:
+                if row.reaches(target_ev_per_ang):
                     break
         if not rows:
             raise RuntimeError(f"mace_run_train did not train: {(folder / 'stderr.txt').read_text()[-2000:]}")
@@ -348,8 +352,8 @@ def ours(args: argparse.Namespace, train: Dataset, valid: Dataset, imports: Spen
         yield from (replace(row, repeat=repeat) for row in warm)
         if not repeat:
             whole = together([cold, *warm[1:n]], f"here: committee of {n}, fresh process, start included")
-            before = (imports.wall_s + load.wall_s, imports.cpu_s + load.cpu_s)
-            yield replace(whole, wall_s=whole.wall_s + before[0], cpu_s=whole.cpu_s + before[1])
+            wall_s, cpu_s = whole.wall_s + imports.wall_s + load.wall_s, whole.cpu_s + imports.cpu_s + load.cpu_s
+            yield replace(whole, wall_s=wall_s, cpu_s=cpu_s)
         for size in sorted({n, *args.committees}):  # the first members are what a smaller one would be
             yield together(warm[:size], f"here: committee of {size}, warm", repeat)
 
@@ -367,8 +371,7 @@ def theirs(args: argparse.Namespace, data: Sequence[Dataset], target_ev_per_ang:
             rows = run_mace(mace_command(args, how, seed, args.max_epochs), data, name, target_ev_per_ang)
             yield from (replace(row, what=f"{name}, on the way", repeat=seed) for row in rows)
             best = min(rows, key=lambda row: row.force_rmse_ev_per_ang or np.inf)
-            reached = (best.force_rmse_ev_per_ang or np.inf) <= target_ev_per_ang
-            missed = "" if reached else f", NEVER in {rows[-1].epochs} epochs: its best"
+            missed = "" if best.reaches(target_ev_per_ang) else f", NEVER in {rows[-1].epochs} epochs: its best"
             yield replace(best, what=f"{name}: to the target{missed}", repeat=seed)
             *_, whole = run_mace(mace_command(args, how, seed, best.epochs or 1), data, name)
             yield replace(whole, what=f"{name}: whole process{missed}", repeat=seed)
