@@ -47,8 +47,8 @@ def align(
     else:
         now = np.array([isolated_ev[chemical_symbols[z]] for z in elements])
         n_atoms, left = counts.sum(axis=1), missing - counts @ (now - before)
-        same = float(n_atoms @ left / (n_atoms @ n_atoms))
-        model.scale_shift.shift += same
-        told = {"e0s_from": "isolated atoms, as given", "shift_ev_per_atom": same}
+        shift = model.scale_shift.shift
+        shift += float(n_atoms @ left / (n_atoms @ n_atoms))
+        told = {"e0s_from": "isolated atoms, as given", "shift_ev_per_atom": float(shift.reshape(-1)[0])}
     own.copy_(own.new_tensor(now).reshape(own.shape))
     return {"e0s": {chemical_symbols[z]: float(e) for z, e in zip(elements, now, strict=True)}, **told}

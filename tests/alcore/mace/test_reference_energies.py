@@ -72,6 +72,8 @@ def test_isolated_atoms_are_taken_as_given(labels: list[Label], untrained_model:
     assert member.model.atomic_energies_fn.atomic_energies.flatten().tolist() == [-530.0, -3010.0]
     left, n_atoms = missing(member.model, labels), np.array([len(label.structure) for label in labels])
     assert float(left @ n_atoms) == pytest.approx(0.0, abs=1e-4), "one number an atom takes what it can"
+    again = align(member.model, labels, predictions(member.model, labels)[0], given)
+    assert again["shift_ev_per_atom"] == pytest.approx(member.told["shift_ev_per_atom"]), "all of it, not the last step"
 
 
 def test_in_single_precision_nothing_is_moved(labels: list[Label], untrained_model: Any) -> None:
